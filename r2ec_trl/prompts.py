@@ -1,0 +1,246 @@
+"""User and item prompts (METHOD §1): whole oldest purchases are cut, never the instruction or the marker."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from r2ec_trl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+USER_TEMPLATE = (
+    "Think in depth about the purchases below: what does this customer need, like and already own, and what comes "
+    "next? Write down your reasoning, and finally recommend the next {category} for this customer inside {marker} "
+    "and {closing}, for example {marker} a {category} that fits {closing}.\n\nPurchases, oldest first:\n{history}"
+)
+ITEM_TEMPLATE = (
+    "Summarise the key attributes of the following {category} inside {marker} and {closing}.\n\n{fields}"
+)
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+FIELD_LABELS = {"average_rating": "Average rating", "rating_number": "Number of buyers"}
+_UNITS = ((31_536_000, "year"), (2_592_000, "month"), (604_800, "week"), (86_400, "day"), (3_600, "hour"))
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """
+    What a prompt is made of. Stored with every table and result, since another prompt is another recommender.
+
+    Args:
+        category (`str`, *optional*, defaults to `"item"`):
+            Singular words for what is sold, such as `"video game"`.
+        marker (`str`, *optional*, defaults to `"<answer>"`):
+            The string at which the model switches from writing to recommending.
+        closing (`str`, *optional*, defaults to `"</answer>"`):
+            Closing tag, only named in the instruction.
+        user_template (`str`, *optional*):
+            Text of the user turn, with `{category}`, `{marker}`, `{closing}` and `{history}`.
+        item_template (`str`, *optional*):
+            Text of the item's user turn, with `{category}`, `{marker}`, `{closing}` and `{fields}`.
+        item_fields (`tuple[str, ...]`, *optional*, defaults to `("title", "description")`):
+            Item columns in the item prompt, in this order; empty and absent ones are left out. Ratings and numbers of
+            buyers gathered after the split leak the future, so they are not among the defaults.
+        field_words (`int`, *optional*, defaults to `100`):
+            Longest field, in words (the title is never cut).
+        max_history_items (`int`, *optional*, defaults to `20`):
+            Newest purchases shown.
+        max_prompt_length (`int`, *optional*, defaults to `2048`):
+            Tokens of a user prompt.
+        max_item_length (`int`, *optional*, defaults to `768`):
+            Tokens of an item prompt.
+        use_ratings (`bool`, *optional*, defaults to `True`):
+            Show the user's ratings where the data have them.
+        use_times (`bool`, *optional*, defaults to `True`):
+            Show how long ago each purchase was where the data have times.
+    """
+
+    category: str = "item"
+    marker: str = "<answer>"
+    closing: str = "</answer>"
+    user_template: str = USER_TEMPLATE
+    item_template: str = ITEM_TEMPLATE
+    item_fields: tuple[str, ...] = ("title", "description")
+    field_words: int = 100
+    max_history_items: int = 20
+    max_prompt_length: int = 2048
+    max_item_length: int = 768
+    use_ratings: bool = True
+    use_times: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "item_fields", tuple(self.item_fields))
+        for name, needed in (("user_template", "{history}"), ("item_template", "{fields}")):
+            if needed not in getattr(self, name):
+                raise UserError(f"`{name}` lacks the placeholder {needed}; put it where that text belongs.")
+        if not self.marker.strip():
+            raise UserError("`marker` is empty; give the string at which the model recommends, such as '<answer>'.")
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every field: equal for equal prompts."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def time_since(seconds: float) -> str:
+    """
+    Words for a time span in seconds, rounded down to its largest unit.
+
+    >>> time_since(3 * 86_400 + 5), time_since(60)
+    ('3 days ago', 'within the hour')
+    """
+    for size, unit in _UNITS:
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "within the hour"
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a chat template the built-in plain one, and say so; pad with EOS where no pad is set."""
+    if tokenizer.chat_template is None:
+        logger.warning("The tokenizer has no chat template: using the plain 'User: … Assistant: …' one.")
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def leading_turns(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The turns before the user's: none, or an empty system turn where the template would add a default one."""
+    user, system = {"role": "user", "content": "x"}, {"role": "system", "content": ""}
+    plain = tokenizer.apply_chat_template([user], tokenize=False)
+    try:
+        emptied = tokenizer.apply_chat_template([system, user], tokenize=False)
+    except Exception as refusal:  # a template refuses a system turn with jinja2's TemplateError, or an error of its own
+        logger.debug("The chat template takes no system turn: %s", refusal)
+        return []
+    return [system] if len(emptied) < len(plain) else []
+
+
+class Prompts:
+    """
+    Makes user and item prompts for one tokenizer and one catalogue.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer. One without a chat template gets a plain one.
+        config ([`PromptConfig`]):
+            What a prompt is made of.
+        item_dataset ([`~datasets.Dataset`]):
+            The catalogue: `item_id`, `title` and any further columns.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, item_dataset: Dataset):
+        ensure_chat_template(tokenizer)
+        self.tokenizer = tokenizer
+        self.config = config
+        self.titles: dict[str, str] = dict(zip(item_dataset["item_id"], item_dataset["title"], strict=True))
+        self.marker_ids: list[int] = tokenizer(config.marker, add_special_tokens=False)["input_ids"]
+        self._leading = leading_turns(tokenizer)
+
+    def user_messages(self, example: Mapping[str, Any]) -> list[dict[str, str]]:
+        """
+        Chat messages of a user prompt; as many of the newest purchases as fit `max_prompt_length` tokens.
+
+        Args:
+            example (`Mapping`):
+                A dataset row: `history` (item ids, oldest first) or `history_titles`, optionally `history_ratings`,
+                `history_timestamps` and `timestamp` (seconds).
+
+        Raises:
+            [`UserError`]: if the instruction and the newest purchase alone are too long.
+        """
+        lines = self._purchase_lines(example)[-self.config.max_history_items :]
+        if not lines:
+            raise UserError(f"User {example.get('user_id', '?')} has an empty history; give at least one purchase.")
+        for start in range(len(lines)):
+            messages = self._messages(self.config.user_template, history="\n".join(lines[start:]))
+            if len(self.ids(messages)) <= self.config.max_prompt_length:
+                return messages
+        raise UserError(
+            f"User {example.get('user_id', '?')}: the instruction and the newest purchase take "
+            f"{len(self.ids(messages))} tokens; raise `max_prompt_length` ({self.config.max_prompt_length})."
+        )
+
+    def user_ids(self, example: Mapping[str, Any]) -> list[int]:
+        """Token ids of a user prompt, generation prompt included."""
+        return self.ids(self.user_messages(example))
+
+    def item_ids(self, item: Mapping[str, Any]) -> list[int]:
+        """
+        Token ids of an item prompt, which end with the marker: the item's row is the state at the last one.
+
+        Fields are cut from the tail of the last one backwards until `max_item_length` is met; the title stays whole.
+        """
+        limit = self.config.max_item_length - len(self.marker_ids)
+        words = {name: self._field(item, name).split() for name in self.config.item_fields}
+        words = {name: text if name == "title" else text[: self.config.field_words] for name, text in words.items()}
+        ids = self._item_ids(words)
+        while len(ids) > limit:
+            name = next((name for name in reversed(words) if name != "title" and words[name]), None)
+            if name is None:
+                raise UserError(
+                    f"Item {item['item_id']}: the instruction and the title take {len(ids)} tokens; raise "
+                    f"`max_item_length` ({self.config.max_item_length})."
+                )
+            keep = min(len(words[name]) - 1, int(len(words[name]) * limit / len(ids)))
+            words[name] = words[name][:keep]
+            ids = self._item_ids(words)
+        return ids + self.marker_ids
+
+    def ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of chat messages with the generation prompt, as TRL makes them."""
+        encoded = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    def catalogue_ids(self, item_dataset: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+        """Item prompts' token ids for a whole catalogue, in its order."""
+        return [self.item_ids(item) for item in item_dataset]
+
+    def _item_ids(self, words: Mapping[str, list[str]]) -> list[int]:
+        fields = [f"{_label(name)}: {' '.join(text)}" for name, text in words.items() if text]
+        return self.ids(self._messages(self.config.item_template, fields="\n".join(fields)))
+
+    def _messages(self, template: str, **parts: str) -> list[dict[str, str]]:
+        words = {"category": self.config.category, "marker": self.config.marker, "closing": self.config.closing}
+        for name, text in {**words, **parts}.items():  # not str.format: titles and templates may hold braces
+            template = template.replace("{" + name + "}", text)
+        return [*self._leading, {"role": "user", "content": template}]
+
+    def _purchase_lines(self, example: Mapping[str, Any]) -> list[str]:
+        titles = example.get("history_titles")
+        if titles is None:
+            titles = [self.titles[item_id] for item_id in example["history"]]
+        ratings = example.get("history_ratings") if self.config.use_ratings else None
+        times = example.get("history_timestamps") if self.config.use_times else None
+        now = (example.get("timestamp") or max(times)) if times else 0
+        lines = []
+        for position, title in enumerate(titles):
+            since = f"{time_since(now - times[position])}: " if times else ""
+            rating = f" {ratings[position]:g} out of 5" if ratings and ratings[position] is not None else ""
+            lines.append(f"- {since}[{self._clean(title)}]{rating}")
+        return lines
+
+    def _field(self, item: Mapping[str, Any], name: str) -> str:
+        value = item.get(name)
+        return "" if value is None else self._clean(str(value))
+
+    def _clean(self, text: str) -> str:
+        """Data never speak for the model: the marker and its closing are taken out of titles and descriptions."""
+        for tag in (self.config.marker, self.config.closing):
+            text = text.replace(tag, tag.strip("<>/"))
+        return " ".join(text.split())
+
+
+def _label(name: str) -> str:
+    return FIELD_LABELS.get(name, name.replace("_", " ").capitalize())
