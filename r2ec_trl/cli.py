@@ -1,0 +1,168 @@
+"""The command line of every recipe: flags and YAML through TRL's parser, users' mistakes as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from r2ec_trl.errors import UserError
+
+# How long another rank holds its sentence back: if rank 0 fails in the same way, the launcher ends this process first.
+OTHER_RANK_DELAY = 3.0
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the known word nearest to `word`, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class RecipeParser(TrlParser):
+    """
+    TRL's parser with three habits changed: no abbreviated flags; whatever it refuses is a [`UserError`]; and a value
+    of the YAML file passes the same checks as on the command line (TRL takes it as it comes: a string where a list
+    belongs, 2.5 for an integer, any text for a choice).
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], description: str | None = None):
+        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+        self.source = "command line"
+        # For --help alone: `parse` takes it away before argparse sees it.
+        self.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins.")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.source}: {' '.join(message.split())}; --help lists every flag.")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if not unknown:
+            return namespace, []
+        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if flags:
+            hint = did_you_mean(flags[0], [flag for action in self._actions for flag in action.option_strings])
+            raise UserError(f"{self.source}: unknown flag {flags[0]!r}{hint or '; --help lists every flag.'}")
+        raise UserError(f"{self.source}: {unknown[0]!r} belongs to no flag; remove it or put a flag before it.")
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Check each value by parsing it like a flag, then let TRL make it the default."""
+        actions: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            actions.setdefault(action.dest, action)  # the first one: --no_x shares its destination with --x
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        words: list[str] = []
+        as_is: dict[str, Any] = {}  # what no flag can say: null, an empty list, a list where a flag takes one value
+        for key, value in config.items():
+            if key not in actions or key not in hints:
+                hint = did_you_mean(str(key), set(actions) & set(hints))
+                raise UserError(f"{self.source}: unknown key {key!r}{hint or '; --help lists every flag.'}")
+            if value is None and type(None) not in get_args(hints[key]):
+                raise UserError(f"{self.source}: {key!r} cannot be null; remove the line to get the default.")
+            if isinstance(value, list) and value and actions[key].nargs == "+":
+                words += [f"--{key}", *map(str, value)]
+            elif value is None or isinstance(value, list):
+                as_is[key] = value
+            else:
+                words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+        checker = RecipeParser(self.dataclass_types)
+        checker.source = self.source
+        for action in checker._actions:
+            action.required = False  # the rest may come from the command line
+        checked = {**vars(checker.parse_args(words)), **as_is}
+        return super().set_defaults_with_config(**{key: checked[key] for key in config})
+
+
+def parse(
+    dataclass_types: Sequence[type],
+    args: Sequence[str] | None = None,
+    description: str | None = None,
+    default_config: str | os.PathLike | None = None,
+) -> tuple[Any, ...]:
+    """
+    Fill dataclasses from a YAML file and the command line; the command line wins.
+
+    Args:
+        dataclass_types (`Sequence[type]`):
+            Dataclasses whose fields become flags.
+        args (`Sequence[str]`, *optional*):
+            Words of the command line. Defaults to `sys.argv[1:]`.
+        description (`str`, *optional*):
+            First lines of `--help`.
+        default_config (`str` or `os.PathLike`, *optional*):
+            YAML file read when `--config` is absent.
+
+    Returns:
+        `tuple`: One instance of each dataclass, in order.
+
+    Raises:
+        [`UserError`]: For an unknown flag or key, a bad value, an unreadable file, or values that the dataclasses refuse.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", nargs="?", default=default_config, const="")
+    found, words = finder.parse_known_args(sys.argv[1:] if args is None else list(args))
+    if found.config == "":
+        raise UserError("command line: --config needs the path of a YAML file after it.")
+    parser = RecipeParser(dataclass_types, description=description)
+    try:
+        if found.config is not None:
+            parser.set_defaults_with_config(**_read_config(parser, found.config))
+            parser.source = "command line"
+        return parser.parse_args_and_config(words)
+    except UserError:
+        raise
+    except ValueError as error:  # raised by the dataclasses themselves: values that do not go together
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _read_config(parser: RecipeParser, path: str | os.PathLike) -> dict[str, Any]:
+    parser.source = str(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config file: {error.strerror}; check --config.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}.") from error
+    config = {} if config is None else config
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold `flag: value` lines, not a {type(config).__name__}.")
+    env = config.pop("env", None) or {}  # TRL's convention: a mapping of environment variables
+    if not isinstance(env, dict):
+        raise UserError(f"{path}: 'env' must hold `NAME: value` lines, not a {type(env).__name__}.")
+    os.environ.update({str(name): str(value) for name, value in env.items()})
+    return config
+
+
+def run(main: Callable[[], Any]) -> None:
+    """
+    Call a recipe's `main`: a [`UserError`], or a path that does not exist, ends it with one sentence on stderr and
+    status 2. Anything else is a bug and keeps its traceback.
+
+    Args:
+        main (`Callable`):
+            The recipe.
+    """
+    try:
+        main()
+    except UserError as error:
+        sentence, cause = str(error), error
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise
+        sentence, cause = f"{error.filename}: no such file or folder; check the path.", error
+    else:
+        return
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(OTHER_RANK_DELAY)
+        sentence = f"[rank {rank}] {sentence}"
+    print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(2) from cause
