@@ -1,0 +1,269 @@
+"""The dataset folder: the one shape every source is brought to, and everything downstream reads.
+
+A dataset folder is a [`~datasets.DatasetDict`] on disk with the splits `train`, `validation`, `test` (one row a
+target) and `items` (one row an item), and a `dataset_card.json` beside them that says where the rows come from, what
+was dropped and why. Ids are strings; a history is oldest first and never empty; every item named by a row is in the
+catalogue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict
+
+from ..errors import UserError
+from .fingerprint import sha256_of
+
+SPLITS = ("train", "validation", "test")
+ITEMS = "items"
+CARD = "dataset_card.json"
+CARD_KEYS = ("source", "category", "category_plural", "dropped", "split_rule", "synthetic")
+
+_REQUIRED = {"user_id": "text", "history": "list of text", "target": "text"}
+_OPTIONAL = {
+    "history_ratings": "list of numbers",
+    "history_timestamps": "list of whole seconds",
+    "timestamp": "whole seconds",
+}
+_BATCH_ROWS = 100_000
+
+
+def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:
+    """
+    Load and validate a dataset folder.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Folder written by [`save_dataset_folder`] (or by `recipes/prepare_data.py`).
+
+    Returns:
+        [`~datasets.DatasetDict`]: `train`, `validation`, `test` and `items`, memory-mapped.
+
+    Raises:
+        [`UserError`]: if the folder is not there, is of another kind, or breaks one of the rules above.
+    """
+    if not os.path.isdir(path):
+        raise UserError(f"There is no dataset folder at '{path}': prepare one with recipes/prepare_data.py.")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        raise UserError(
+            f"'{path}' cannot be read as a dataset folder ({_first_line(error)}): prepare one with "
+            "recipes/prepare_data.py."
+        ) from error
+    if not isinstance(dataset, DatasetDict):
+        raise UserError(f"'{path}' holds a single split; a dataset folder has {', '.join(SPLITS)} and {ITEMS}.")
+    validate_dataset(dataset, str(path))
+    return dataset
+
+
+def load_dataset_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read `dataset_card.json` of a dataset folder."""
+    file = Path(path) / CARD
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"'{path}' has no {CARD}: prepare the folder with recipes/prepare_data.py.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({_first_line(error)}): prepare the folder again.") from error
+    if not isinstance(card, dict):
+        raise UserError(f"{file} holds a {type(card).__name__}, not a table of keys: prepare the folder again.")
+    _require_card_keys(card, str(file))
+    return card
+
+
+def save_dataset_folder(dataset: DatasetDict, path: str | os.PathLike[str], card: dict[str, Any]) -> None:
+    """
+    Validate a dataset and write it as a dataset folder: all of it or nothing.
+
+    The folder is written under a temporary name and renamed at the end, so that an interrupted run leaves nothing
+    that looks finished. The same rows and card give the same bytes.
+
+    Args:
+        dataset ([`~datasets.DatasetDict`]):
+            The four splits.
+        path (`str` or `os.PathLike`):
+            Folder to create. An existing one is never overwritten.
+        card (`dict`):
+            Must hold `source`, `category`, `category_plural`, `dropped`, `split_rule` and `synthetic`; `counts` and
+            `sha256` are filled in here.
+    """
+    target = Path(path)
+    refuse_to_overwrite(target)
+    _require_card_keys(card, "The dataset card")
+    validate_dataset(dataset, str(path))
+    digests = {split: sha256_of(arrow_batches(dataset[split])) for split in (*SPLITS, ITEMS)}
+    counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in (*SPLITS, ITEMS)}}
+    temporary = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_splits(dataset, temporary, digests)
+        text = json.dumps({**card, "counts": counts, "sha256": digests}, indent=2, ensure_ascii=False)
+        (temporary / CARD).write_text(text + "\n", encoding="utf-8")
+        os.rename(temporary, target)
+    except OSError as error:
+        raise UserError(f"The dataset folder '{path}' cannot be written ({_first_line(error)}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_to_overwrite(path: str | os.PathLike[str]) -> None:
+    """Raise [`UserError`] if `path` exists already: long work should find that out before it starts."""
+    if os.path.lexists(path):
+        raise UserError(f"'{path}' exists already and is not overwritten: choose another folder or remove it first.")
+
+
+def validate_dataset(dataset: DatasetDict, source: str) -> None:
+    """
+    Check every rule of the dataset folder; the first breach is a [`UserError`] that names split, row and value.
+
+    Rows are named as they are indexed: `row 3` of split `train` is `dataset["train"][3]`.
+
+    Args:
+        dataset ([`~datasets.DatasetDict`]):
+            Dataset to check.
+        source (`str`):
+            Where it comes from, for the message.
+    """
+    for split in (*SPLITS, ITEMS):
+        if split not in dataset:
+            raise UserError(f"{source} has no split '{split}': a dataset needs {', '.join(SPLITS)} and {ITEMS}.")
+        if len(dataset[split]) == 0:
+            raise UserError(f"{source}: split '{split}' is empty, and each split needs at least one row.")
+    catalogue = _checked_catalogue(dataset[ITEMS], f"{source}: split '{ITEMS}'")
+    for split in SPLITS:
+        _check_rows(dataset[split], catalogue, f"{source}: split '{split}'")
+
+
+def arrow_batches(dataset: Dataset, rows: int = _BATCH_ROWS) -> Iterator[pa.Table]:
+    """The rows of a split as Arrow tables, also when the split was selected or shuffled before."""
+    return dataset.with_format("arrow").iter(batch_size=rows)
+
+
+def _write_splits(dataset: DatasetDict, folder: Path, digests: dict[str, str]) -> None:
+    """`save_to_disk` without what changes from run to run: fingerprint, format and cache history."""
+    clean = DatasetDict()
+    for split in (*SPLITS, ITEMS):
+        part = dataset[split].with_format(None)
+        part.info.download_checksums = None
+        part._fingerprint = digests[split][:16]
+        clean[split] = part
+    was_enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        clean.save_to_disk(str(folder), num_shards={split: 1 for split in clean})
+    finally:
+        if was_enabled:
+            datasets.enable_progress_bars()
+
+
+def _checked_catalogue(items: Dataset, where: str) -> pa.Array:
+    for column in ("item_id", "title"):
+        _check_column(items, column, "text", where)
+        row = _first_row(items, column, pc.is_null)
+        if row is not None:
+            raise UserError(f"{where}, row {row} has no {column}: fill it in or leave the item out.")
+    ids = pa.chunked_array(
+        [batch.column("item_id").cast(pa.string()).combine_chunks() for batch in arrow_batches(items)]
+    )
+    row = _first_row(items, "item_id", lambda column: pc.equal(column, ""))
+    if row is not None:
+        raise UserError(f"{where}, row {row} has an empty item_id: give the item an id or leave it out.")
+    counts = pc.value_counts(ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        first = repeated[0].as_py()
+        raise UserError(f"{where} lists item '{first['values']}' {first['counts']} times: item ids must be unique.")
+    return ids.combine_chunks()
+
+
+def _check_rows(rows: Dataset, catalogue: pa.Array, where: str) -> None:
+    for column, kind in _REQUIRED.items():
+        _check_column(rows, column, kind, where)
+    optional = [column for column in _OPTIONAL if column in rows.column_names]
+    for column in optional:
+        _check_column(rows, column, _OPTIONAL[column], where)
+    start = 0
+    for batch in arrow_batches(rows):
+        table = batch.combine_chunks()
+        for column in (*_REQUIRED, *optional):
+            _raise_at(pc.is_null(table[column]), start, where, f"has no {column}")
+        lengths = pc.list_value_length(table["history"])
+        _raise_at(pc.equal(lengths, 0), start, where, "has an empty history; leave such rows out")
+        for column in optional:
+            if column.startswith("history_"):
+                differs = pc.not_equal(pc.list_value_length(table[column]), lengths)
+                _raise_at(differs, start, where, f"has another number of {column} than of history items")
+                _check_inner(table, column, pc.is_null(pc.list_flatten(table[column])), start, where, "holds a null")
+        _check_inner(table, "history", pc.is_null(pc.list_flatten(table["history"])), start, where, "holds a null")
+        unknown = pc.invert(pc.is_in(pc.list_flatten(table["history"]).cast(pa.string()), value_set=catalogue))
+        _check_inner(table, "history", unknown, start, where, "names an item that is not in the catalogue")
+        unknown = pc.invert(pc.is_in(table["target"].cast(pa.string()), value_set=catalogue))
+        _raise_at(unknown, start, where, "has a target that is not in the catalogue", table["target"])
+        start += len(table)
+
+
+def _check_inner(table: pa.Table, column: str, mask: pa.ChunkedArray, start: int, where: str, fault: str) -> None:
+    if pc.any(mask).as_py():
+        position = pc.index(mask, True).as_py()
+        row = start + pc.list_parent_indices(table[column])[position].as_py()
+        value = pc.list_flatten(table[column])[position].as_py()
+        raise UserError(f"{where}, row {row}: {column} {fault} ({value!r}); mend the row or leave it out.")
+
+
+def _raise_at(
+    mask: pa.ChunkedArray, start: int, where: str, fault: str, values: pa.ChunkedArray | None = None
+) -> None:
+    if pc.any(mask).as_py():
+        position = pc.index(mask, True).as_py()
+        value = "" if values is None else f" ({values[position].as_py()!r})"
+        raise UserError(f"{where}, row {start + position} {fault}{value}.")
+
+
+def _first_row(rows: Dataset, column: str, test: Any) -> int | None:
+    start = 0
+    for batch in arrow_batches(rows):
+        mask = test(batch[column])
+        if pc.any(mask).as_py():
+            return start + pc.index(mask, True).as_py()
+        start += len(batch)
+    return None
+
+
+def _check_column(rows: Dataset, column: str, kind: str, where: str) -> None:
+    if column not in rows.column_names:
+        raise UserError(f"{where} has no column '{column}'; it has {', '.join(rows.column_names)}.")
+    found = rows.features.arrow_schema.field(column).type
+    if not _is_kind(found, kind):
+        raise UserError(f"{where}: column '{column}' holds {found}, but must be a {kind}.")
+
+
+def _is_kind(found: pa.DataType, kind: str) -> bool:
+    if kind.startswith("list of"):
+        if not (pa.types.is_list(found) or pa.types.is_large_list(found)):
+            return False
+        return _is_kind(found.value_type, kind.removeprefix("list of "))
+    if kind == "text":
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    if kind == "numbers":
+        return pa.types.is_floating(found) or pa.types.is_integer(found)
+    return pa.types.is_integer(found)
+
+
+def _require_card_keys(card: dict[str, Any], where: str) -> None:
+    missing = [key for key in CARD_KEYS if key not in card]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: a dataset card has {', '.join(CARD_KEYS)}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
