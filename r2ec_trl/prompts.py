@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from r2ec_trl.errors import UserError
@@ -119,7 +120,7 @@ def leading_turns(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     plain = tokenizer.apply_chat_template([user], tokenize=False)
     try:
         emptied = tokenizer.apply_chat_template([system, user], tokenize=False)
-    except Exception as refusal:  # a template refuses a system turn with jinja2's TemplateError, or an error of its own
+    except TemplateError as refusal:
         logger.debug("The chat template takes no system turn: %s", refusal)
         return []
     return [system] if len(emptied) < len(plain) else []

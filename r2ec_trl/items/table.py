@@ -1,0 +1,150 @@
+"""The item table H_V: one row per item, the policy's own encoding of the item's prompt (METHOD §1)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from r2ec_trl.errors import UserError
+from r2ec_trl.items.scoring import normalise
+
+Encoder = Callable[[Sequence[Sequence[int]]], torch.Tensor]
+
+
+class ItemTable:
+    """
+    Rows of the recommendation head. It is no `nn.Module` and owns no parameter: its rows are always encodings.
+
+    Args:
+        item_ids (`Sequence[str]`):
+            Item ids, one a row, unique.
+        token_ids (`Sequence[Sequence[int]]`):
+            Item prompts, each ending with the marker.
+        similarity (`str`, *optional*, defaults to `"cosine"`):
+            `"cosine"` (rows are kept normalised) or `"dot"`.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where the rows live.
+
+    Attributes:
+        rows (`torch.Tensor` of shape `(N, d)`): float32 rows; [`UserError`] before the first [`~ItemTable.refresh`].
+        index (`dict[str, int]`): row of each item id.
+    """
+
+    def __init__(
+        self,
+        item_ids: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+        similarity: str = "cosine",
+        device: torch.device | str = "cpu",
+    ):
+        if similarity not in ("cosine", "dot"):
+            raise UserError(f"`similarity` is {similarity!r}; give 'cosine' or 'dot'.")
+        self.item_ids = list(item_ids)
+        self.token_ids = [list(ids) for ids in token_ids]
+        self.similarity = similarity
+        self.device = torch.device(device)
+        self.index = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        if len(self.index) != len(self.item_ids):
+            repeated = next(item_id for row, item_id in enumerate(self.item_ids) if self.index[item_id] != row)
+            raise UserError(f"Item id {repeated!r} is in the catalogue twice; keep one row an item.")
+        if len(self.item_ids) < 2:
+            raise UserError(f"The catalogue holds {len(self.item_ids)} item(s); a recommender needs at least two.")
+        self._rows: torch.Tensor | None = None
+        self._next = 0  # where the round-robin goes on
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The rows, `(N, d)` float32, normalised when the similarity is cosine."""
+        if self._rows is None:
+            raise UserError("The item table is empty; call `refresh` with an encoder first.")
+        return self._rows
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row was encoded yet."""
+        return self._rows is None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all item prompts: what a full refresh forwards."""
+        return sum(len(ids) for ids in self.token_ids)
+
+    @property
+    def text_hash(self) -> str:
+        """SHA-256 (hex) over ids and prompts: equal only for the same catalogue under the same prompt and tokenizer."""
+        digest = hashlib.sha256()
+        for item_id, ids in zip(self.item_ids, self.token_ids, strict=True):
+            digest.update(json.dumps([item_id, ids]).encode())
+        return digest.hexdigest()
+
+    def row_indices(self, item_ids: Iterable[str]) -> list[int]:
+        """Rows of item ids; [`UserError`] names the first one outside the catalogue."""
+        rows = []
+        for item_id in item_ids:
+            if item_id not in self.index:
+                raise UserError(f"Item {item_id!r} is not in the catalogue of {len(self)} items.")
+            rows.append(self.index[item_id])
+        return rows
+
+    @torch.no_grad()
+    def refresh(self, encoder: Encoder, indices: Sequence[int] | None = None) -> None:
+        """
+        Re-encode rows with the current weights.
+
+        Args:
+            encoder (`Callable`):
+                Token sequences → states `(n, d)`, such as a partial of [`~r2ec_trl.answer_state.encode_states`].
+            indices (`Sequence[int]`, *optional*):
+                Rows to encode; all of them by default, and always the first time.
+        """
+        if indices is None or self._rows is None:
+            self._rows = self.project(encoder(self.token_ids)).to(self.device)
+        elif len(indices):
+            states = self.project(encoder([self.token_ids[row] for row in indices])).to(self.device)
+            self._rows[torch.as_tensor(indices, device=self.device)] = states
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """States as the table scores them: float32, normalised when the similarity is cosine."""
+        return normalise(states, self.similarity)
+
+    def next_slice(self, token_budget: int) -> list[int]:
+        """The next rows in round-robin order whose prompts take at most `token_budget` tokens (all, at most)."""
+        rows: list[int] = []
+        while len(rows) < len(self) and (token_budget := token_budget - len(self.token_ids[self._next])) >= 0:
+            rows.append(self._next)
+            self._next = (self._next + 1) % len(self)
+        return rows
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `item_table.safetensors` and `item_table.json` into a folder, each under a temporary name first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {"item_ids": self.item_ids, "similarity": self.similarity, "text_hash": self.text_hash}
+        (folder / "item_table.json.tmp").write_text(json.dumps(meta))
+        save_file({"rows": self.rows.contiguous().cpu()}, folder / "item_table.safetensors.tmp")
+        for name in ("item_table.safetensors", "item_table.json"):
+            os.replace(folder / f"{name}.tmp", folder / name)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """
+        Read rows that [`~ItemTable.save`] wrote for the same catalogue, prompt and tokenizer.
+
+        Raises:
+            [`UserError`]: when there are none, or they belong to another catalogue, prompt or similarity.
+        """
+        folder = Path(folder)
+        if not (folder / "item_table.json").is_file():
+            raise UserError(f"{folder} holds no item table (item_table.json); encode the catalogue and save it.")
+        meta = json.loads((folder / "item_table.json").read_text())
+        if meta["text_hash"] != self.text_hash or meta["similarity"] != self.similarity:
+            raise UserError(
+                f"The item table in {folder} belongs to another catalogue, prompt or similarity; encode it anew."
+            )
+        self._rows = load_file(folder / "item_table.safetensors")["rows"].to(self.device)

@@ -1,0 +1,107 @@
+"""RecPO's objective as pure functions, one equation each (METHOD §2: M4, M6, M7, M8). Tensors in, tensors out."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rloo_factor(group_sizes: torch.Tensor) -> torch.Tensor:
+    """
+    What turns `R_i - mean R` into RLOO's `R_i - mean_{j≠i} R_j` (M4): n / (n - 1), 1 for a group of one.
+
+    Rewards 1, 2, 6 have mean 3, so R - mean = -2, -1, 3; times 3/2: -3, -1.5, 4.5 = 1-4, 2-3.5, 6-1.5.
+
+    >>> rloo_factor(torch.tensor([3, 1]))
+    tensor([1.5000, 1.0000])
+    """
+    sizes = group_sizes.float()
+    return torch.where(sizes > 1, sizes / (sizes - 1).clamp(min=1), torch.ones_like(sizes))
+
+
+def item_credit_weights(
+    advantages: torch.Tensor, num_generations: int, credit: int | None, eligible: torch.Tensor
+) -> torch.Tensor:
+    """
+    δ_{i,i*} of M7: 1 for the `credit` best rollouts of each group, 0 elsewhere; ties go to the lowest index.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B*G,)`):
+            Advantages, groups in a row.
+        num_generations (`int`):
+            G.
+        credit (`int` or `None`):
+            How many rollouts a group carry the item term: 1 is the paper's, `None` all.
+        eligible (`torch.Tensor` of shape `(B*G,)`):
+            Rollouts that may carry it (masked truncated ones may not).
+
+    >>> item_credit_weights(torch.tensor([1., 1., -2., 0., 3., -3.]), 3, 1, torch.tensor([1, 1, 1, 1, 0, 1]).bool())
+    tensor([1., 0., 0., 1., 0., 0.])
+    """
+    grouped = advantages.masked_fill(~eligible, -torch.inf).view(-1, num_generations)  # (B, G)
+    keep = num_generations if credit is None else min(credit, num_generations)
+    best = grouped.argsort(dim=1, descending=True, stable=True)[:, :keep]
+    weights = torch.zeros_like(grouped).scatter(1, best, 1.0)
+    return weights.view(-1) * eligible
+
+
+def candidate_logprobs(
+    states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """
+    log π(v+ | x, o) of M6: log-softmax of h·h_v'/τ over the candidates, at the target.
+
+    Args:
+        states (`torch.Tensor` of shape `(n, d)`):
+            Answer states, projected as the table's rows are.
+        candidates (`torch.Tensor` of shape `(C, d)`):
+            Rows of the distinct candidates: a target that several users share stands once, so it is never a negative
+            of itself.
+        positions (`torch.Tensor` of shape `(n,)`):
+            Where each row's target stands among the candidates.
+        temperature (`float`):
+            τ.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`, float32.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        logits = states.float() @ candidates.float().T / temperature  # (n, C)
+        return -F.cross_entropy(logits, positions, reduction="none")
+
+
+def clipped_objective(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+) -> torch.Tensor:
+    """
+    ℓ(r, A) = min(rA, clip(r, 1-ε_low, 1+ε_high) A) of M7, elementwise, with r = exp(logprobs - old_logprobs).
+
+    >>> clipped_objective(torch.tensor([.5, -.5]).exp().log(), torch.zeros(2), torch.tensor([1., -1.]), .2, .28)
+    tensor([ 1.2800, -0.8000])
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return torch.min(ratio * advantages, clipped * advantages)
+
+
+def contrastive_loss(
+    states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """M8: -log softmax of h_u·h_v'/τ over the batch's distinct targets, at v+; the mean over users (a scalar)."""
+    return -candidate_logprobs(states, candidates, positions, temperature).mean()
+
+
+def mean_pairwise_cosine(rows: torch.Tensor) -> torch.Tensor:
+    """
+    Mean cosine of all pairs of distinct rows of `(n, d)`: 1 means that the table has collapsed.
+
+    Orthogonal unit rows a, b and a again: pairs 0, 1, 0, so 1/3.
+
+    >>> mean_pairwise_cosine(torch.tensor([[1., 0.], [0., 2.], [3., 0.]]))
+    tensor(0.3333)
+    """
+    unit = F.normalize(rows.float(), dim=1)
+    count = len(rows)
+    return (unit.sum(0).square().sum() - count) / (count * (count - 1))
