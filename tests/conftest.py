@@ -1,0 +1,164 @@
+"""What the tests share: tiny models of three families, a byte-level tokenizer and a small shop. Nothing is downloaded."""
+
+import functools
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import datasets
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+torch.set_num_threads(1)
+
+FAMILIES = ("guitar", "violin", "drum", "piano")
+PARTS = ("strings", "stand", "case", "strap", "tuner", "cable", "bench", "polish", "lamp", "book")
+BRANDS = ("fenta", "orvo", "kyra")
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ['user', 'assistant'] %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ '<|' + message.role + '|>\n' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def _shop_items() -> list[dict]:
+    return [
+        {
+            "item_id": f"i{10 * family + part:02d}",
+            "title": f"{FAMILIES[family]} {PARTS[part]}",
+            "description": f"A {PARTS[part]} by {BRANDS[(family + part) % 3]} for every {FAMILIES[family]} player.",
+            "brand": BRANDS[(family + part) % 3],
+        }
+        for family in range(4)
+        for part in range(10)
+    ]
+
+
+def _shop_user(number: int) -> dict:
+    """User u buys neighbouring parts for one instrument; the target is the next part."""
+    family, start, length = number % 4, number // 4 % 10, 2 + number % 3
+    history = [f"i{10 * family + (start + step) % 10:02d}" for step in range(length)]
+    times = [1_700_000_000 + 86_400 * (number + 7 * step) for step in range(length)]
+    return {
+        "user_id": f"u{number:02d}",
+        "history": history,
+        "target": f"i{10 * family + (start + length) % 10:02d}",
+        "history_ratings": [float(1 + (number + step) % 5) for step in range(length)],
+        "history_timestamps": times,
+        "timestamp": times[-1] + 86_400,
+    }
+
+
+@pytest.fixture(scope="session")
+def shop() -> datasets.DatasetDict:
+    """40 items; 40 users to train, 10 to validate, 10 to test. Never change it in place: take `shop["train"].select(...)`."""
+    users = [_shop_user(number) for number in range(60)]
+    splits = {"train": users[:40], "validation": users[40:50], "test": users[50:], "items": _shop_items()}
+    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+
+
+@pytest.fixture(scope="session")
+def shop_folder(shop, tmp_path_factory):
+    """The shop as a dataset folder on disk; read only (copy it with `shutil.copytree` to break it)."""
+    from r2ec_trl.data.schema import save_dataset_folder
+
+    path = tmp_path_factory.mktemp("shop") / "dataset"
+    words = {"source": "tests", "category": "instrument part", "category_plural": "instrument parts"}
+    save_dataset_folder(shop, path, {**words, "dropped": {}, "split_rule": "by user number", "synthetic": True})
+    return path
+
+
+def _make_tokenizer(chat_template: str | None) -> transformers.PreTrainedTokenizerFast:
+    texts = [f"{row['title']} {row['description']} The user bought this, next recommend" for row in _shop_items()]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(
+        texts, trainer
+    )  # no "<answer>" among the texts: the marker is several tokens, as in real models
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=2048
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """Byte-level BPE whose chat template refuses a system turn, as Gemma's does."""
+    return _make_tokenizer(CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer():
+    """The same tokenizer without a chat template."""
+    return _make_tokenizer(None)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(chat_tokenizer):
+    """`tiny_model("llama" | "qwen2" | "gemma2", seed=0, **config)` builds a new model: 2 layers, head size 32, fp32."""
+
+    def build(family: str = "llama", seed: int = 0, **overrides) -> transformers.PreTrainedModel:
+        settings = {
+            "vocab_size": len(chat_tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 2048,
+            "bos_token_id": None,
+            "eos_token_id": chat_tokenizer.eos_token_id,
+            "pad_token_id": chat_tokenizer.pad_token_id,
+            "initializer_range": 0.2,  # the usual 0.02 leaves a model this small nearly uniform
+        }
+        if family == "gemma2":  # soft caps bite and the window is shorter than a prompt, or they would go untested
+            settings |= {"query_pre_attn_scalar": 32, "sliding_window": 16, "attn_logit_softcapping": 5.0}
+            settings["initializer_range"] = 0.05  # it scales its embeddings up by itself
+        config_class = {
+            "llama": transformers.LlamaConfig,
+            "qwen2": transformers.Qwen2Config,
+            "gemma2": transformers.Gemma2Config,
+        }[family]
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config_class(**(settings | overrides)))
+        model.config.architectures = [type(model).__name__]
+        return model.float().eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tiny_model, chat_tokenizer, tmp_path_factory):
+    """`tiny_model_folder("llama")` is a folder with model and tokenizer, as `from_pretrained` and the recipes read it."""
+
+    @functools.cache
+    def save(family: str = "llama"):
+        path = tmp_path_factory.mktemp("models") / family
+        tiny_model(family).save_pretrained(path)
+        chat_tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2", "gemma2"])
+def model_family(request) -> str:
+    """Parametrises a test over the three families: `def test_x(tiny_model, model_family)`."""
+    return request.param
