@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 
-CHUNK_SIZE = 16_384
+CHUNK_SIZE = 65_536  # items: bounds the scores held at once
+TILE_SIZE = 1_024  # items: bounds the rows held in float64 at once
 SIMILARITIES = ("cosine", "dot")
 
 
@@ -65,7 +66,7 @@ def target_rank_and_logprob(
         keep_target (`bool`, *optional*, defaults to `True`):
             `True` (training): the target is never excluded. `False` (masked evaluation): an excluded target is a miss,
             rank N + 1 and log-probability -inf.
-        chunk_size (`int`, *optional*, defaults to `16384`):
+        chunk_size (`int`, *optional*, defaults to `65536`):
             Items scored at once. The result does not depend on it.
 
     Returns:
@@ -142,7 +143,7 @@ def top_k(
             Row indices that one state must not get, padded with -1.
         allowed (`torch.Tensor` of shape `(N,)`, bool, *optional*):
             Items that may be given to anyone.
-        chunk_size (`int`, *optional*, defaults to `16384`):
+        chunk_size (`int`, *optional*, defaults to `65536`):
             Items scored at once. The result does not depend on it.
 
     Returns:
@@ -210,8 +211,9 @@ def _check(states: torch.Tensor, rows: torch.Tensor, chunk_size: int) -> None:
 
 
 def _scores(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Similarities (B, chunk): float64 products, rounded once to float32 (-0.0 becomes 0.0, which it equals)."""
-    return (states.double() @ rows.double().T).float().add_(0.0)
+    """Similarities, (B, chunk): float64 products, rounded once to float32 (-0.0 becomes 0.0, which it equals)."""
+    states = states.double()
+    return torch.cat([(states @ tile.double().T).float() for tile in rows.split(TILE_SIZE)], dim=1).add_(0.0)
 
 
 def _exclude(scores: torch.Tensor, excluded: torch.Tensor, start: int) -> None:
