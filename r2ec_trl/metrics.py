@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import UserError
+from r2ec_trl.errors import UserError
 
 Values = NDArray[np.float64]
 CUTOFFS = (5, 10, 20)
@@ -87,7 +87,9 @@ def bootstrap_interval(
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise UserError("A bootstrap interval needs one finite value per row and at least one row.")
     if not 0 < level < 1 or resamples < 1:
-        raise UserError(f"level is {level} and resamples {resamples}; level lies in (0, 1) and resamples is at least 1.")
+        raise UserError(
+            f"level is {level} and resamples {resamples}; level lies in (0, 1) and resamples is at least 1."
+        )
     means = np.concatenate(list(_resampled_means(values, resamples, seed)))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -111,7 +113,9 @@ def paired_bootstrap(
     """
     after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if after.shape != before.shape:
-        raise UserError(f"A paired comparison needs the same rows on both sides, got {after.shape} and {before.shape}.")
+        raise UserError(
+            f"A paired comparison needs the same rows on both sides, got {after.shape} and {before.shape}."
+        )
     low, high = bootstrap_interval(after - before, level, resamples, seed)
     return {"difference": float((after - before).mean()), "low": low, "high": high}
 

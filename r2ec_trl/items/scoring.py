@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..errors import UserError
+from r2ec_trl.errors import UserError
 
 CHUNK_SIZE = 65_536  # items: bounds the scores held at once
 TILE_SIZE = 1_024  # items: bounds the rows held in float64 at once
@@ -82,6 +82,7 @@ def target_rank_and_logprob(
     >>> scores = target_rank_and_logprob(states, rows, torch.tensor([0]), temperature=0.2)
     >>> scores.rank.item(), round(scores.logprob.item(), 4)
     (3, -1.5514)
+
     ```
     """
     num_items = len(rows)
@@ -156,6 +157,7 @@ def top_k(
     >>> scores, indices = top_k(torch.tensor([[1.0]]), torch.tensor([[0.5], [0.75], [0.5]]), k=2)
     >>> indices.tolist(), scores.tolist()
     ([[1, 0]], [[0.75, 0.5]])
+
     ```
     """
     _check(states, rows, chunk_size)
@@ -195,6 +197,7 @@ def exclusion_matrix(histories: list[list[int]], device: torch.device | str | No
     ```python
     >>> exclusion_matrix([[3], [1, 2]]).tolist()
     [[3, -1], [1, 2]]
+
     ```
     """
     width = max(map(len, histories), default=0)
