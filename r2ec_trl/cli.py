@@ -33,7 +33,7 @@ class RecipeParser(TrlParser):
     belongs, 2.5 for an integer, any text for a choice).
     """
 
-    def __init__(self, dataclass_types: Sequence[type], description: str | None = None):
+    def __init__(self, dataclass_types: Iterable[Any], description: str | None = None):
         super().__init__(dataclass_types, description=description, allow_abbrev=False)
         self.source = "command line"
         # For --help alone: `parse` takes it away before argparse sees it.
@@ -103,7 +103,7 @@ def parse(
         `tuple`: One instance of each dataclass, in order.
 
     Raises:
-        [`UserError`]: For an unknown flag or key, a bad value, an unreadable file, or values that the dataclasses refuse.
+        [`UserError`]: For an unknown flag or key, a bad value, an unreadable file, or values the dataclasses refuse.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?", default=default_config, const="")
@@ -150,16 +150,16 @@ def run(main: Callable[[], Any]) -> None:
         main (`Callable`):
             The recipe.
     """
+    cause: Exception
     try:
         main()
+        return
     except UserError as error:
         sentence, cause = str(error), error
     except FileNotFoundError as error:
         if error.filename is None:
             raise
         sentence, cause = f"{error.filename}: no such file or folder; check the path.", error
-    else:
-        return
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(OTHER_RANK_DELAY)

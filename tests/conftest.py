@@ -1,4 +1,4 @@
-"""What the tests share: tiny models of three families, a byte-level tokenizer and a small shop. Nothing is downloaded."""
+"""What the tests share: tiny models of three families, a byte-level tokenizer, a small shop. Nothing is downloaded."""
 
 import functools
 import os
@@ -59,7 +59,7 @@ def _shop_user(number: int) -> dict:
 
 @pytest.fixture(scope="session")
 def shop() -> datasets.DatasetDict:
-    """40 items; 40 users to train, 10 to validate, 10 to test. Never change it in place: take `shop["train"].select(...)`."""
+    """40 items; 40 users to train, 10 to validate, 10 to test. Never changed in place: take `shop["train"].select()`."""
     users = [_shop_user(number) for number in range(60)]
     splits = {"train": users[:40], "validation": users[40:50], "test": users[50:], "items": _shop_items()}
     return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
@@ -87,7 +87,8 @@ def _make_tokenizer(chat_template: str | None) -> transformers.PreTrainedTokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(
+    # No "<answer>" among the texts: the marker is several tokens, as in real models.
+    backend.train_from_iterator(texts, trainer)
         texts, trainer
     )  # no "<answer>" among the texts: the marker is several tokens, as in real models
     tokenizer = transformers.PreTrainedTokenizerFast(
