@@ -1,0 +1,93 @@
+"""What both trainers share: the frozen policy and greedy evaluation over the whole catalogue."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from trl.models.utils import unwrap_model_for_generation
+
+from r2ec_trl.evaluation import evaluate_users, make_encoder, summarise_users
+from r2ec_trl.items.table import ItemTable
+from r2ec_trl.prompts import Prompts
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class GreedyEvaluation(_Base):
+    """
+    Mixin for a [`~transformers.Trainer`] with `prompts`, `table` and our shared arguments: `evaluate` reasons greedily
+    and ranks the whole catalogue, so `eval_strategy`, `load_best_model_at_end`, `metric_for_best_model` and early
+    stopping work unchanged on `recommendation/ndcg@10`.
+    """
+
+    prompts: Prompts
+    table: ItemTable
+    reasoning = "full"
+
+    @contextmanager
+    def _frozen_policy(self) -> Iterator[Any]:
+        """The policy for generation and scoring: unwrapped, whole (ZeRO-3), without gradient or checkpointing."""
+        with (
+            torch.no_grad(),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=getattr(self.args, "ds3_gather_for_generation", True),
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            yield model
+
+    def evaluate_frame(self, dataset: Dataset, reasoning: str | None = None) -> pl.DataFrame:
+        """
+        One row a user, see [`~r2ec_trl.evaluation.evaluate_users`]; the table is re-encoded with the current weights
+        first, and users are shared out over the processes.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        with self._frozen_policy() as model:
+            self.table.refresh(make_encoder(model, self.prompts, self.args.forward_token_budget))
+            mine = range(rank, len(dataset), world)
+            frames = []
+            if len(mine):
+                frame = evaluate_users(
+                    model,
+                    self.prompts,
+                    self.table,
+                    dataset.select(mine),
+                    max_new_tokens=getattr(self.args, "max_completion_length", 1),
+                    temperature=self.args.item_temperature,
+                    reasoning=reasoning or self.reasoning,
+                    token_budget=self.args.forward_token_budget,
+                )
+                frames = [frame.with_columns(row=pl.Series(list(mine)))]
+        self.model.train(was_training)
+        return pl.concat(gather_object(frames)).sort("row").drop("row")
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Greedy reasoning and full-catalogue metrics of the validation users (at most `max_eval_users`).
+
+        Returns:
+            `dict`: `eval_recommendation/ndcg@10` and the other figures of
+            [`~r2ec_trl.evaluation.summarise_users`].
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = dataset.select(range(min(len(dataset), self.args.max_eval_users or len(dataset))))
+        figures = summarise_users(self.evaluate_frame(dataset))
+        metrics = {f"{metric_key_prefix}_recommendation/{name}": value for name, value in figures.items()}
+        was_training = self.model.training
+        self.model.eval()  # TRL's `log` tells training from evaluation figures by it
+        self.log(metrics)
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,152 @@
+"""Policy and data as every recipe loads them: base model, tokenizer, saved adapter, dataset folder."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, get_kbit_device_map, get_quantization_config
+
+from r2ec_trl.data.schema import load_dataset_card, load_dataset_folder
+from r2ec_trl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"  # as a dataset or model name: the generated shop and the policy that ships with the package
+DEMO_POLICY = Path(__file__).parent / "demo_policy"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class PolicyArguments(ModelConfig):
+    """[`~trl.ModelConfig`] with the paper's LoRA as defaults, and a saved adapter to start from."""
+
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of a saved LoRA adapter: trained on, or evaluated."}
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; false trains all weights."})
+    lora_r: int = field(default=4, metadata={"help": "LoRA rank (paper: 4)."})
+    lora_alpha: int = field(default=128, metadata={"help": "LoRA α (reference code: 128)."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: list(PROJECTIONS),
+        metadata={"help": "Modules with an adapter (reference code: all seven projections)."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Where the dataset folder is."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "Dataset folder, as recipes/prepare_data.py writes it; 'demo' generates one."}
+    )
+
+
+def load_dataset(name: str | None, seed: int = 0) -> tuple[DatasetDict, dict[str, Any]]:
+    """
+    A dataset folder and its card; `"demo"` makes the generated shop.
+
+    Raises:
+        [`UserError`]: without a name, or for a folder that breaks the contract.
+    """
+    if name is None:
+        raise UserError("No dataset given; add `--dataset FOLDER` (recipes/prepare_data.py writes one).")
+    if name == DEMO:
+        from r2ec_trl.data.demo import make_demo
+
+        return make_demo(seed)
+    return load_dataset_folder(name), load_dataset_card(name)
+
+
+def peft_config(args: PolicyArguments) -> LoraConfig | None:
+    """The LoRA configuration to train, `None` for all weights or when an adapter is trained on."""
+    if not args.use_peft or args.adapter is not None:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+
+
+def load_policy(
+    args: PolicyArguments, trainable: bool = False, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """
+    Base model with its tokenizer, and the saved adapter on it if one is named.
+
+    Args:
+        args ([`PolicyArguments`]):
+            `model_name_or_path` wins over the base that the adapter records, which may be a private path.
+        trainable (`bool`, *optional*, defaults to `False`):
+            Whether the adapter is trained on.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the model may run.
+
+    Raises:
+        [`UserError`]: for a model or adapter that cannot be read, or do not fit each other.
+    """
+    adapter_config = _read_adapter_config(args.adapter) if args.adapter is not None else None
+    name = args.model_name_or_path or (adapter_config and adapter_config.base_model_name_or_path)
+    if not name:
+        raise UserError("No model given; add `--model_name_or_path NAME_OR_FOLDER`.")
+    name = str(DEMO_POLICY) if name == DEMO else name
+    quantization = get_quantization_config(args)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=args.model_revision, trust_remote_code=trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=args.model_revision,
+            trust_remote_code=trust_remote_code,
+            dtype=args.dtype if args.dtype in ("auto", None) else getattr(torch, args.dtype),
+            attn_implementation=args.attn_implementation,
+            quantization_config=quantization,
+            device_map=get_kbit_device_map() if quantization is not None else None,
+            use_safetensors=True,
+        )
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = "" if args.model_name_or_path else " (the base recorded in the adapter; name yours with --model_name_or_path)"
+        raise UserError(f"The model {name!r}{hint} cannot be loaded: {reason}") from error
+    if adapter_config is None:
+        return model, tokenizer
+    return _with_adapter(model, str(args.adapter), adapter_config, trainable), tokenizer
+
+
+def _read_adapter_config(adapter: str) -> PeftConfig:
+    if os.path.isdir(adapter):
+        files = os.listdir(adapter)
+        if "adapter_config.json" not in files:
+            raise UserError(f"The adapter folder {adapter!r} has no adapter_config.json; give a folder PEFT saved.")
+        if "adapter_model.safetensors" not in files:
+            raise UserError(
+                f"The adapter folder {adapter!r} has no adapter_model.safetensors; only safetensors are read, so save "
+                "it again with `safe_serialization=True`."
+            )
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, KeyError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"The adapter {adapter!r} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, trainable: bool) -> PeftModel:
+    try:
+        model = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=trainable)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"The adapter {adapter!r} does not fit the model {model.config._name_or_path!r}: {reason}") from error
+    return model

@@ -1,0 +1,203 @@
+"""Settings: what every recipe shares about prompts and scoring, and RecPO's own on top of TRL's GRPO."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from r2ec_trl.errors import UserError
+from r2ec_trl.prompts import ITEM_TEMPLATE, USER_TEMPLATE, PromptConfig
+
+
+@dataclass
+class RecommendationArguments:
+    """
+    What a recommender is made of besides its weights: prompts, scoring, evaluation. Shared by all recipes.
+
+    The prompt fields are [`~r2ec_trl.prompts.PromptConfig`]'s; see each field's help for the rest.
+    """
+
+    category: str | None = field(
+        default=None,
+        metadata={"help": "Singular words for an item, e.g. 'video game'. By default the dataset card's."},
+    )
+    marker: str = field(default="<answer>", metadata={"help": "String at which writing ends and scoring begins."})
+    closing: str = field(default="</answer>", metadata={"help": "Closing tag named in the instruction."})
+    user_template: str = field(
+        default=USER_TEMPLATE, metadata={"help": "User turn, with {category}, {marker}, {closing} and {history}."}
+    )
+    item_template: str = field(
+        default=ITEM_TEMPLATE, metadata={"help": "Item turn, with {category}, {marker}, {closing} and {fields}."}
+    )
+    item_fields: list[str] = field(
+        default_factory=lambda: ["title", "description"],
+        metadata={"help": "Item columns in the item prompt, in this order."},
+    )
+    field_words: int = field(default=100, metadata={"help": "Longest item field in words; titles are never cut."})
+    max_history_items: int = field(default=20, metadata={"help": "Newest purchases shown in the user prompt."})
+    max_prompt_length: int = field(
+        default=2048, metadata={"help": "Tokens of a user prompt; whole oldest purchases are cut."}
+    )
+    max_item_length: int = field(default=768, metadata={"help": "Tokens of an item prompt."})
+    use_ratings: bool = field(default=True, metadata={"help": "Show the user's ratings where the data have them."})
+    use_times: bool = field(default=True, metadata={"help": "Show how long ago purchases were, where known."})
+    similarity: str = field(
+        default="cosine",
+        metadata={"help": "Score of an item: 'cosine' or 'dot' of answer state and row.", "choices": ["cosine", "dot"]},
+    )
+    item_temperature: float = field(default=0.02, metadata={"help": "τ of the item softmax (M2, M6, M8)."})
+    max_eval_users: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many users only (validation while training)."}
+    )
+    selection_mask: bool = field(
+        default=False,
+        metadata={"help": "Choose the best adapter by the figure with the history masked instead of unmasked."},
+    )
+    forward_token_budget: int = field(
+        default=16_384, metadata={"help": "Most tokens (padding included) of one forward without gradient."}
+    )
+
+    def prompt_config(self) -> PromptConfig:
+        """The [`~r2ec_trl.prompts.PromptConfig`] of these arguments."""
+        names = {f.name for f in dataclasses.fields(PromptConfig)}
+        values = {name: getattr(self, name) for name in names}
+        return PromptConfig(**{**values, "category": self.category or "item"})
+
+    @property
+    def selection_metric(self) -> str:
+        """The logged validation figure by which the best adapter is chosen."""
+        return "recommendation/masked_ndcg@10" if self.selection_mask else "recommendation/ndcg@10"
+
+    def check_scoring(self) -> None:
+        """Raise [`UserError`] for scoring settings that mean nothing."""
+        if self.item_temperature <= 0:
+            raise UserError(f"`item_temperature` is {self.item_temperature}; it must be above 0 (reference: 0.02).")
+        if self.max_eval_users is not None and self.max_eval_users < 1:
+            raise UserError(f"`max_eval_users` is {self.max_eval_users}; give a positive number or leave it out.")
+
+
+@dataclass
+class RecPOConfig(RecommendationArguments, GRPOConfig):
+    """
+    [`~trl.GRPOConfig`] with RecPO's fields and the paper's defaults (METHOD §2, §3).
+
+    TRL's own knobs keep their meaning: `beta` is the KL coefficient and stays 0, `temperature` and `top_k` are
+    sampling. Paper defaults that differ from TRL's: `learning_rate` 1e-5, `num_generations` 4, `temperature` 1.5,
+    `top_k` 200, `warmup_steps` 32, `num_train_epochs` 3, `disable_dropout`.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate (paper: 1e-5)."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs at most (paper: 3, with early stopping)."})
+    warmup_steps: float = field(default=32, metadata={"help": "Linear warm-up steps (paper: 32)."})
+    num_generations: int | None = field(default=4, metadata={"help": "G, rollouts a user (paper: 4)."})
+    num_generations_eval: int | None = field(default=1, metadata={"help": "Evaluation is greedy: one rollout."})
+    temperature: float = field(default=1.5, metadata={"help": "Sampling temperature (paper: 1.5)."})
+    top_k: int = field(default=200, metadata={"help": "Sampling top-k (paper: 200); 0 switches it off."})
+    disable_dropout: bool = field(default=True, metadata={"help": "No dropout: old and new log-probs must agree."})
+    vllm_importance_sampling_correction: bool | None = field(
+        default=None,
+        metadata={
+            "help": "TRL's correction for vLLM's log-probs. Off by default under top-k, top-p or min-p sampling, where "
+            "the ratio measures the truncated mass and would silence the gradient; on otherwise."
+        },
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate", metadata={"help": "TRL's mode of that correction, per token here."}
+    )
+
+    reward_mix: float = field(default=0.05, metadata={"help": "β of the fused reward: R = β R_c + (1-β) R_d (M3)."})
+    reward_cutoff: int = field(default=1000, metadata={"help": "k of NDCG@k and Hit@k in the rewards (M1)."})
+    advantage: str = field(
+        default="grpo",
+        metadata={
+            "help": "'grpo': (R - mean) / std; 'rloo': R_i - mean of the others, with scale_rewards='none' (M4).",
+            "choices": ["grpo", "rloo"],
+        },
+    )
+    token_coef: float = field(default=1.0, metadata={"help": "Weight of the token term; M7 has 1."})
+    item_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the item term; 1 weighs an item like one more token, the literal M7."},
+    )
+    item_credit: str = field(
+        default="best",
+        metadata={"help": "Rollouts that carry the item term: 'best' of the group (δ of M7), a number m, or 'all'."},
+    )
+    item_negatives: str = field(
+        default="batch",
+        metadata={
+            "help": "Candidates of the item ratio (M6): the distinct targets of the generation 'batch' (the paper) or "
+            "the whole 'catalogue' (ours).",
+            "choices": ["batch", "catalogue"],
+        },
+    )
+    item_gradient: str = field(
+        default="candidates",
+        metadata={
+            "help": "'candidates': the item term's gradient also flows into the encodings of the batch's targets; "
+            "'none': rows are constants.",
+            "choices": ["candidates", "none"],
+        },
+    )
+    mask_history: bool = field(
+        default=False,
+        metadata={"help": "Leave history items out of rank and softmax in training (never the target itself)."},
+    )
+    table_refresh_budget: float = field(
+        default=0.25,
+        metadata={
+            "help": "Before each reward pass re-encode the whole table if it costs at most this share of the "
+            "generation batch's tokens, else a round-robin slice of that size. The batch's targets always."
+        },
+    )
+    watch_steps: int = field(
+        default=10,
+        metadata={"help": "Every so many steps measure gradient norms of both terms, row cosines, fresh-rank gain."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:  # TRL's default is True, which a CPU refuses
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.vllm_importance_sampling_correction is None:
+            truncates = self.top_k > 0 or self.top_p < 1 or bool(self.min_p)
+            self.vllm_importance_sampling_correction = not truncates
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = self.selection_metric, True
+        super().__post_init__()
+        self.check_scoring()
+        self._check_recpo()
+
+    @property
+    def item_credit_count(self) -> int | None:
+        """Rollouts a group that carry the item term; `None` for all."""
+        return None if self.item_credit == "all" else 1 if self.item_credit == "best" else int(self.item_credit)
+
+    def _check_recpo(self) -> None:
+        for name, choices in {
+            "similarity": ("cosine", "dot"),
+            "advantage": ("grpo", "rloo"),
+            "item_negatives": ("batch", "catalogue"),
+            "item_gradient": ("candidates", "none"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"`{name}` is {getattr(self, name)!r}; give one of {', '.join(choices)}.")
+        self.item_credit = str(self.item_credit)
+        if self.item_credit not in ("best", "all") and not (self.item_credit.isdigit() and int(self.item_credit) > 0):
+            raise UserError(f"`item_credit` is {self.item_credit!r}; give 'best', 'all' or a number from 1 up.")
+        if self.advantage == "rloo" and self.scale_rewards != "none":
+            raise UserError(
+                "`advantage='rloo'` with `scale_rewards="
+                f"{self.scale_rewards!r}` would divide RLOO by the standard deviation; add `--scale_rewards none`."
+            )
+        if not 0 <= self.reward_mix <= 1:
+            raise UserError(f"`reward_mix` is {self.reward_mix}; it must lie between 0 and 1 (paper: 0.05).")
+        if self.reward_cutoff < 1:
+            raise UserError(f"`reward_cutoff` is {self.reward_cutoff}; it must be at least 1 (paper: 1000).")
+        if self.table_refresh_budget < 0:
+            raise UserError(f"`table_refresh_budget` is {self.table_refresh_budget}; it must not be negative.")
+        if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
+            raise UserError(
+                "`use_transformers_continuous_batching` under mixed precision casts the training weights for good; "
+                "use `--use_vllm`, or `--bf16 false --fp16 false`."
+            )
