@@ -89,8 +89,6 @@ def _make_tokenizer(chat_template: str | None) -> transformers.PreTrainedTokeniz
     )
     # No "<answer>" among the texts: the marker is several tokens, as in real models.
     backend.train_from_iterator(texts, trainer)
-        texts, trainer
-    )  # no "<answer>" among the texts: the marker is several tokens, as in real models
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=2048
     )
