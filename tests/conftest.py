@@ -59,7 +59,7 @@ def _shop_user(number: int) -> dict:
 
 @pytest.fixture(scope="session")
 def shop() -> datasets.DatasetDict:
-    """40 items; 40 users to train, 10 to validate, 10 to test. Never changed in place: take `shop["train"].select()`."""
+    """40 items; 40 users to train, 10 to validate, 10 to test. Never changed in place: use `.select()`."""
     users = [_shop_user(number) for number in range(60)]
     splits = {"train": users[:40], "validation": users[40:50], "test": users[50:], "items": _shop_items()}
     return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
@@ -110,7 +110,7 @@ def plain_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model(chat_tokenizer):
-    """`tiny_model("llama" | "qwen2" | "gemma2", seed=0, **config)` builds a new model: 2 layers, head size 32, fp32."""
+    """`tiny_model("llama" | "qwen2" | "gemma2", seed=0, **config)` builds a model: 2 layers, head size 32, fp32."""
 
     def build(family: str = "llama", seed: int = 0, **overrides) -> transformers.PreTrainedModel:
         settings = {
@@ -145,7 +145,7 @@ def tiny_model(chat_tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tiny_model, chat_tokenizer, tmp_path_factory):
-    """`tiny_model_folder("llama")` is a folder with model and tokenizer, as `from_pretrained` and the recipes read it."""
+    """`tiny_model_folder("llama")` is a folder with model and tokenizer, for `from_pretrained` and recipes."""
 
     @functools.cache
     def save(family: str = "llama"):
