@@ -62,7 +62,7 @@ def metric_values(ranks: ArrayLike, ks: Sequence[int] = CUTOFFS) -> dict[str, Va
 
 
 def summarise_ranks(ranks: ArrayLike, ks: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """The mean of every metric: `summarise_ranks([1, 3], ks=(2,))` is `{"hit@2": 0.5, "ndcg@2": 0.5, "mrr@2": 0.5}`."""
+    """The mean of every metric: `summarise_ranks([1, 3], ks=[2])` is `{"hit@2": 0.5, "ndcg@2": 0.5, "mrr@2": 0.5}`."""
     if _ranks(ranks).size == 0:
         raise UserError("There are no ranks to summarise: the split has no rows.")
     return {name: float(values.mean()) for name, values in metric_values(ranks, ks).items()}
@@ -134,7 +134,7 @@ def _cutoff(k: int) -> int:
 
 
 def _resampled_means(values: Values, resamples: int, seed: int) -> Iterator[Values]:
-    """Means of resamples, some at a time. How often each distinct value is drawn is multinomial, and metrics have few."""
+    """Means of resamples, some at a time. How often each distinct value is drawn is multinomial; metrics have few."""
     distinct, counts = np.unique(values, return_counts=True)
     generator = np.random.default_rng(seed)
     step = max(1, _DRAWN_AT_ONCE // distinct.size)
