@@ -11,6 +11,7 @@ _HOMES = {
     "save_dataset_folder": "schema",
     "validate_dataset": "schema",
     "import_sequences": "sequences",
+    "cut_dataset": "cut",
 }
 __all__ = list(_HOMES)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,8 +15,8 @@ def sha256_of(batches: Iterable[pa.Table]) -> str:
     SHA-256 of the rows of a split.
 
     Each column has a digest of its own over its values in row order (lengths apart from bytes, so that
-    `["a", "bc"]` and `["ab", "c"]` differ); the split's digest is over the sorted (name, type, column digest). It does not
-    depend on where batches are cut or on the order of columns.
+    `["a", "bc"]` and `["ab", "c"]` differ); the split's digest is over the sorted (name, type, column digest). It does
+    not depend on where batches are cut or on the order of columns.
 
     Args:
         batches (iterable of `pyarrow.Table`):
@@ -66,8 +67,7 @@ def _text_bytes(values: pa.Array) -> memoryview | bytes:
     buffer = values.buffers()[2]
     if buffer is None or not len(values):
         return b""
-    code = "i" if pa.types.is_string(values.type) else "q"
-    offsets = memoryview(values.buffers()[1]).cast("B").cast(code)
+    offsets = np.frombuffer(values.buffers()[1], np.int32 if pa.types.is_string(values.type) else np.int64)
     return memoryview(buffer)[offsets[values.offset] : offsets[values.offset + len(values)]]
 
 
