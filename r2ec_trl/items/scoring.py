@@ -2,8 +2,8 @@
 
 Nothing larger than (B, chunk_size) is ever built: a rank is counted, and the softmax denominator is a running
 log-sum-exp. Products are formed in float64 and rounded once to float32. A float32 product depends on the shape of the
-matrices it is part of (on one CPU two identical rows get different scores when B is 1), so ranks would change with the
-chunk size, the batch and the device, and ties would be broken by rounding. float64 also lies outside autocast and TF32.
+matrices it is part of (on one CPU, two identical rows get different scores when B is 1): ranks would change with the
+chunk size, the batch and the device, and rounding would break ties. float64 also lies outside autocast and TF32.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from r2ec_trl.errors import UserError
 
-CHUNK_SIZE = 65_536  # items: bounds the scores held at once
+SCORES_AT_ONCE = 2**24  # bounds the memory of one chunk whatever the number of states: 64 MB
 TILE_SIZE = 1_024  # items: bounds the rows held in float64 at once
 SIMILARITIES = ("cosine", "dot")
 
@@ -45,7 +45,7 @@ def target_rank_and_logprob(
     temperature: float,
     excluded: torch.Tensor | None = None,
     keep_target: bool = True,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> CatalogueScores:
     r"""Rank of the target and its softmax log-probability over all items (M1's rank, log of M2).
 
@@ -66,8 +66,8 @@ def target_rank_and_logprob(
         keep_target (`bool`, *optional*, defaults to `True`):
             `True` (training): the target is never excluded. `False` (masked evaluation): an excluded target is a miss,
             rank N + 1 and log-probability -inf.
-        chunk_size (`int`, *optional*, defaults to `65536`):
-            Items scored at once. The result does not depend on it.
+        chunk_size (`int`, *optional*):
+            Items scored at once; by default as many as make 16 M scores. The result does not depend on it.
 
     Returns:
         [`CatalogueScores`]: rank, log-probability and score of each target.
@@ -86,7 +86,7 @@ def target_rank_and_logprob(
     ```
     """
     num_items = len(rows)
-    _check(states, rows, chunk_size)
+    chunk_size = _chunk_size(states, rows, chunk_size)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     rows_of_targets = targets.tolist()
@@ -129,7 +129,7 @@ def top_k(
     *,
     excluded: torch.Tensor | None = None,
     allowed: torch.Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best items of each state, best first; of equal scores the lower row index comes first.
 
@@ -144,8 +144,8 @@ def top_k(
             Row indices that one state must not get, padded with -1.
         allowed (`torch.Tensor` of shape `(N,)`, bool, *optional*):
             Items that may be given to anyone.
-        chunk_size (`int`, *optional*, defaults to `65536`):
-            Items scored at once. The result does not depend on it.
+        chunk_size (`int`, *optional*):
+            Items scored at once; by default as many as make 16 M scores. The result does not depend on it.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: scores (float32) and row indices (int64), both of shape `(B, min(k, N))`.
@@ -160,7 +160,7 @@ def top_k(
 
     ```
     """
-    _check(states, rows, chunk_size)
+    chunk_size = _chunk_size(states, rows, chunk_size)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     k = min(k, len(rows))
@@ -205,12 +205,15 @@ def exclusion_matrix(histories: list[list[int]], device: torch.device | str | No
     return torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(histories), width)
 
 
-def _check(states: torch.Tensor, rows: torch.Tensor, chunk_size: int) -> None:
+def _chunk_size(states: torch.Tensor, rows: torch.Tensor, chunk_size: int | None) -> int:
     if states.ndim != 2 or rows.ndim != 2 or states.shape[1] != rows.shape[1] or len(rows) == 0:
         shapes = f"{tuple(states.shape)} and {tuple(rows.shape)}"
         raise ValueError(f"states and rows must be (B, d) and (N, d) with at least one row, got {shapes}.")
+    if chunk_size is None:
+        return max(1, SCORES_AT_ONCE // max(1, len(states)))
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    return chunk_size
 
 
 def _scores(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
