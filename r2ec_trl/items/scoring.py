@@ -217,9 +217,9 @@ def _chunk_size(states: torch.Tensor, rows: torch.Tensor, chunk_size: int | None
 
 
 def _scores(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Similarities, (B, chunk): float64 products, rounded once to float32 (-0.0 becomes 0.0, which it equals)."""
+    """Similarities, (B, chunk): float64 products, rounded once to float32."""
     states = states.double()
-    return torch.cat([(states @ tile.double().T).float() for tile in rows.split(TILE_SIZE)], dim=1).add_(0.0)
+    return torch.cat([(states @ tile.double().T).float() for tile in rows.split(TILE_SIZE)], dim=1)
 
 
 def _exclude(scores: torch.Tensor, excluded: torch.Tensor, start: int) -> None:
@@ -233,9 +233,10 @@ def _exclude(scores: torch.Tensor, excluded: torch.Tensor, start: int) -> None:
 def _sort_keys(scores: torch.Tensor, start: int) -> torch.Tensor:
     """int64 keys that sort by score, then by lower row index, so that `topk` has no ties to break. NaN sorts last.
 
-    The high half is the float's bit pattern, whose order is the float's once negative patterns are flipped.
+    The high half is the float's bit pattern, whose order is the float's once negative patterns are flipped. Adding 0.0
+    turns -0.0 into the 0.0 that it equals.
     """
-    bits = torch.where(scores.isnan(), -math.inf, scores).view(torch.int32)
+    bits = (torch.where(scores.isnan(), -math.inf, scores) + 0.0).view(torch.int32)
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
     index = torch.arange(start, start + scores.shape[1], device=scores.device)
     return (order << 32) | (0xFFFFFFFF - index)

@@ -233,6 +233,12 @@ def test_top_k_hand_worked():
     assert scores[0].tolist() == pytest.approx([0.5, 0.5, -0.2])
 
 
+def test_top_k_takes_minus_zero_for_zero():
+    """-1e-60 is -0.0 in float32, which equals 0.0: the lower row comes first."""
+    scores, indices = top_k(torch.tensor([[1e-30]]), torch.tensor([[-1e-30], [0.0], [1e-30]]), 3)
+    assert indices.tolist() == [[0, 1, 2]]
+
+
 def test_top_k_where_fewer_are_available():
     scores, indices = top_k(torch.ones(1, 1), torch.ones(3, 1), 10, excluded=torch.tensor([[0, 2, -1]]))
     assert indices.tolist() == [[1, -1, -1]] and scores.tolist() == [[1.0, -math.inf, -math.inf]]
