@@ -64,7 +64,7 @@ def test_a_repeat_target_is_a_miss_only_with_the_mask():
 
 
 def test_equal_sums_tie_whatever_their_terms():
-    """After (a b e), c scores 1/2 + (1/4)/3 and d (1/2)/2 + 1/3: both 7/12, one bit apart as floats. Rank 2 for both."""
+    """After (a b e), c scores 1/2 + (1/4)/3 and d (1/2)/2 + 1/3: both 7/12, one bit apart as floats. Both rank 2."""
     train = rows(("b", "c"), ("afff", "c"), ("bf", "d"), ("a", "d"))
     baseline = item_to_item(train, list("abcdef"))
     assert baseline.ranks(rows(("abe", "c"), ("abe", "d")))[0].tolist() == [2, 2]
