@@ -161,3 +161,79 @@ def tiny_model_folder(tiny_model, chat_tokenizer, tmp_path_factory):
 def model_family(request) -> str:
     """Parametrises a test over the three families: `def test_x(tiny_model, model_family)`."""
     return request.param
+
+
+QUICK = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_steps": 2,
+    "max_completion_length": 8,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "max_grad_norm": 0.0,  # no clipping: gradients are compared
+    "user_template": "Bought:\n{history}\nNext {category} after {marker}?",
+    "item_template": "{fields}",
+    "item_fields": ["title"],
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
+    """
+    `make_trainer(**settings)` builds a RecPOTrainer on short prompts. Besides RecPOConfig's fields it takes `family`,
+    `model`, `peft` (default: LoRA), `reward` (default: the fused one), `train`, `validation` and `callbacks`.
+    """
+    from peft import LoraConfig
+
+    from r2ec_trl.recpo_config import RecPOConfig
+    from r2ec_trl.recpo_trainer import RecPOTrainer
+
+    def build(
+        family="llama", model=None, peft=True, reward=None, train=None, validation=None, callbacks=None, **settings
+    ):
+        args = RecPOConfig(output_dir=str(tmp_path / "run"), **{**QUICK, **settings})
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        return RecPOTrainer(
+            model if model is not None else tiny_model(family),
+            shop["items"],
+            reward,
+            args,
+            train if train is not None else shop["train"],
+            validation if validation is not None else shop["validation"],
+            chat_tokenizer,
+            callbacks=callbacks,
+            peft_config=lora if peft else None,
+        )
+
+    return build
+
+
+@pytest.fixture
+def replay(monkeypatch):
+    """
+    `replay(sample)` makes every trainer's sampler return `sample(prompt_ids, number)` for its number-th rollout of
+    that prompt, instead of generating. Returns the list of what was handed out, `(prompt_ids, completion_ids)`.
+    """
+    from trl import GRPOTrainer
+
+    def install(sample):
+        given = []
+
+        def generate(self, prompt_ids, *args, **kwargs):
+            start = len(given)
+            for ids in prompt_ids:
+                number = sum(1 for earlier, _ in given[start:] if earlier == ids)
+                given.append((ids, list(sample(ids, number))))
+            return [completion for _, completion in given[start:]], None
+
+        monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
+        return given
+
+    return install
