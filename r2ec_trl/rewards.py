@@ -178,7 +178,7 @@ def load_reward(spec: str, reward_mix: float = 0.05, reward_cutoff: int = 1000) 
 def checked_reward(func: Reward) -> Reward:
     """The reward with its answer checked: one number or `None` per rollout, else a [`UserError`] that names it.
 
-    TRL turns `None` into NaN ("not applicable") and sums over functions without NaN, so a NaN that a reward computes by
+    TRL turns `None` into NaN ("not applicable") and leaves it out of the sum, so a NaN that a reward computes by
     mistake would silently mean the same.
 
     Args:
@@ -189,19 +189,17 @@ def checked_reward(func: Reward) -> Reward:
         `Callable`: a callable of the same kind and `__name__`.
     """
     name = reward_name(func)
-    if _is_async(func):
 
-        async def checked(completions: list, **kwargs: Any) -> list[float | None]:
-            return _check_rewards(await func(completions=completions, **kwargs), len(completions), name)
+    def checked(completions: list, **kwargs: Any) -> list[float | None]:
+        return _check_rewards(func(completions=completions, **kwargs), len(completions), name)
 
-    else:
+    async def checked_async(completions: list, **kwargs: Any) -> list[float | None]:
+        return _check_rewards(await func(completions=completions, **kwargs), len(completions), name)
 
-        def checked(completions: list, **kwargs: Any) -> list[float | None]:
-            return _check_rewards(func(completions=completions, **kwargs), len(completions), name)
-
-    checked.__name__ = checked.__qualname__ = name
-    checked.__doc__ = func.__doc__
-    return checked
+    wrapper = checked_async if _is_async(func) else checked
+    wrapper.__name__ = wrapper.__qualname__ = name
+    wrapper.__doc__ = func.__doc__
+    return wrapper
 
 
 def reward_name(func: Reward) -> str:
