@@ -69,9 +69,13 @@ def summarise_ranks(ranks: ArrayLike, ks: Sequence[int] = CUTOFFS) -> dict[str, 
 
 
 def bootstrap_interval(
-    values: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean: rows (users) are drawn with replacement.
+    """Percentile bootstrap interval of the mean.
 
     Args:
         values (array-like of `float`):
@@ -82,6 +86,9 @@ def bootstrap_interval(
             Number of resamples.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
+        groups (array-like, *optional*):
+            Such as the user of each row: the rows of a group, which resemble each other, are drawn together. By
+            default each row is drawn by itself.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
@@ -90,22 +97,27 @@ def bootstrap_interval(
         raise UserError(
             f"level is {level} and resamples {resamples}; level lies in (0, 1) and resamples is at least 1."
         )
-    means = np.concatenate(list(_resampled_means(values, resamples, seed)))
+    means = np.concatenate(list(_resampled_means(values, groups, resamples, seed)))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def paired_bootstrap(
-    after: ArrayLike, before: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    after: ArrayLike,
+    before: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
 ) -> dict[str, float]:
-    """Mean difference of two measurements of the same rows, with its interval: rows are drawn in pairs.
+    """Mean difference of two measurements of the same rows, with its interval: both sides of a row are drawn together.
 
     Args:
         after (array-like of `float`):
             One value per row.
         before (array-like of `float`):
             The value it is compared with, row by row.
-        level, resamples, seed:
+        level, resamples, seed, groups:
             As in [`bootstrap_interval`].
 
     Returns:
@@ -116,7 +128,7 @@ def paired_bootstrap(
         raise UserError(
             f"A paired comparison needs the same rows on both sides, got {after.shape} and {before.shape}."
         )
-    low, high = bootstrap_interval(after - before, level, resamples, seed)
+    low, high = bootstrap_interval(after - before, level, resamples, seed, groups)
     return {"difference": float((after - before).mean()), "low": low, "high": high}
 
 
@@ -133,11 +145,19 @@ def _cutoff(k: int) -> int:
     return k
 
 
-def _resampled_means(values: Values, resamples: int, seed: int) -> Iterator[Values]:
-    """Means of resamples, some at a time. How often each distinct value is drawn is multinomial; metrics have few."""
-    distinct, counts = np.unique(values, return_counts=True)
+def _resampled_means(values: Values, groups: ArrayLike | None, resamples: int, seed: int) -> Iterator[Values]:
+    """Means of resamples, some at a time.
+
+    All that matters of a group is its sum and its size. How often each distinct pair of them is drawn is multinomial,
+    and metrics have few distinct pairs.
+    """
+    sums, sizes = values, np.ones(values.size)
+    if groups is not None:
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        sums, sizes = (np.bincount(group, weights).astype(np.float64) for weights in (values, None))
+    distinct, counts = np.unique(np.stack([sums, sizes]), axis=1, return_counts=True)
     generator = np.random.default_rng(seed)
-    step = max(1, _DRAWN_AT_ONCE // distinct.size)
+    step = max(1, _DRAWN_AT_ONCE // counts.size)
     for done in range(0, resamples, step):
-        drawn = generator.multinomial(values.size, counts / values.size, size=min(step, resamples - done))
-        yield drawn @ distinct / values.size
+        drawn = generator.multinomial(sums.size, counts / sums.size, size=min(step, resamples - done))
+        yield (drawn @ distinct[0]) / (drawn @ distinct[1])

@@ -119,6 +119,23 @@ def test_interval_of_many_rows_is_the_normal_one():
     assert bootstrap_interval(values, resamples=4000) == pytest.approx(expected, abs=0.1 * error)
 
 
+def test_rows_of_one_group_are_drawn_together():
+    """One user with ten hits and ten users with one miss each: the mean is .5, and as rows it rarely leaves .28-.72.
+
+    As users the one is drawn 0, 1, 2.. times among 11: from 0/11 hits to, three times, 30/38.
+    """
+    values, users = [1.0] * 10 + [0.0] * 10, ["heavy"] * 10 + [f"light{user}" for user in range(10)]
+    low, high = bootstrap_interval(values)
+    assert 0.2 < low < 0.35 and 0.65 < high < 0.8
+    low, high = bootstrap_interval(values, groups=users)
+    assert low == 0 and high == pytest.approx(30 / 38)
+
+
+def test_groups_of_one_row_change_nothing():
+    values = np.random.default_rng(0).random(30)
+    assert bootstrap_interval(values, groups=np.arange(30)) == bootstrap_interval(values)
+
+
 def test_interval_repeats_with_its_seed_and_narrows_with_its_level():
     values = np.random.default_rng(0).random(50)
     assert bootstrap_interval(values) == bootstrap_interval(values)
