@@ -1,0 +1,77 @@
+"""
+RecPO: train a policy to reason, then recommend.
+
+    accelerate launch recipes/recpo.py                                # the demo: nothing to download
+    accelerate launch recipes/recpo.py --config recipes/configs/gemma2_2b.yaml --dataset DATASET_FOLDER
+    accelerate launch recipes/recpo.py --config X.yaml --dataset DATASET_FOLDER --adapter WARM_START \
+        --reward_funcs my_rewards.py:my_reward
+
+Writes into `--output_dir`: the adapter (or weights), the item table, `metrics.json` (`before` and `after` on the test
+split), `ranks.parquet`, `before/ranks.parquet` and `learning_curve.png`. Only validation is seen while training.
+Hardware, run time and measured results of each config: recipes/README.md.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+from r2ec_trl.callbacks import HealthCallback, LearningCurveCallback, RecPOProgressCallback
+from r2ec_trl.cli import parse, run
+from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy, peft_config
+from r2ec_trl.recpo_config import RecPOConfig
+from r2ec_trl.recpo_trainer import RecPOTrainer
+from r2ec_trl.run_report import finish_run, first_rows, start_logging
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+
+
+@dataclass
+class RecPOScriptArguments(DataArguments):
+    """What this recipe adds to the trainer's settings."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["fused"],
+        metadata={"help": "Rewards: fused, ndcg, hit, reciprocal_rank, target_probability, file.py:func, module:func."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better one (reference: 8)."}
+    )
+    max_test_users: int | None = field(default=None, metadata={"help": "Test on the first so many users only."})
+    report_before: bool = field(default=True, metadata={"help": "Also evaluate the start on the test split."})
+
+
+def main() -> None:
+    script_args, args, policy_args = parse(
+        (RecPOScriptArguments, RecPOConfig, PolicyArguments), description=__doc__, default_config=DEMO_CONFIG
+    )
+    start_logging(args)
+    dataset, card = load_dataset(script_args.dataset, args.output_dir)
+    args.category = args.category or card["category"]
+    model, tokenizer = load_policy(policy_args, trainable=True, trust_remote_code=args.trust_remote_code)
+    callbacks = [HealthCallback(), LearningCurveCallback()]
+    if script_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(script_args.early_stopping_patience))
+    trainer = RecPOTrainer(
+        model,
+        dataset["items"],
+        script_args.reward_funcs,
+        args,
+        dataset["train"],
+        dataset["validation"],
+        tokenizer,
+        peft_config=peft_config(policy_args),
+        callbacks=callbacks,
+    )
+    for plain in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(plain)
+    trainer.add_callback(RecPOProgressCallback(trainer))
+    test = first_rows(dataset["test"], script_args.max_test_users)
+    before = trainer.evaluate_frame(test) if script_args.report_before else None  # looked at when training is over
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finish_run(trainer, dataset, card, test, before)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)
