@@ -4,23 +4,23 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import DatasetDict
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig, get_kbit_device_map, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
-from r2ec_trl.data.schema import load_dataset_card, load_dataset_folder
+from r2ec_trl.data.demo import DEMO_POLICY, make_demo
+from r2ec_trl.data.schema import load_dataset_card, load_dataset_folder, save_dataset_folder
 from r2ec_trl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"  # as a dataset or model name: the generated shop and the policy that ships with the package
-DEMO_POLICY = Path(__file__).parent / "demo_policy"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,9 +49,9 @@ class DataArguments:
     )
 
 
-def load_dataset(name: str | None, seed: int = 0) -> tuple[DatasetDict, dict[str, Any]]:
+def load_dataset(name: str | None, output_dir: str | os.PathLike = ".") -> tuple[DatasetDict, dict[str, Any]]:
     """
-    A dataset folder and its card; `"demo"` makes the generated shop.
+    A dataset folder and its card; `"demo"` generates the demo's shop into `output_dir` unless it is there.
 
     Raises:
         [`UserError`]: without a name, or for a folder that breaks the contract.
@@ -59,9 +59,10 @@ def load_dataset(name: str | None, seed: int = 0) -> tuple[DatasetDict, dict[str
     if name is None:
         raise UserError("No dataset given; add `--dataset FOLDER` (recipes/prepare_data.py writes one).")
     if name == DEMO:
-        from r2ec_trl.data.demo import make_demo
-
-        return make_demo(seed)
+        name = os.path.join(output_dir, "demo_dataset")
+        if not os.path.isdir(name):
+            dataset, card = make_demo()
+            save_dataset_folder(dataset, name, card)
     return load_dataset_folder(name), load_dataset_card(name)
 
 
@@ -115,7 +116,7 @@ def load_policy(
             dtype=args.dtype if args.dtype in ("auto", None) else getattr(torch, args.dtype),
             attn_implementation=args.attn_implementation,
             quantization_config=quantization,
-            device_map=get_kbit_device_map() if quantization is not None else None,
+            device_map={"": PartialState().process_index if torch.cuda.is_available() else "cpu"} if quantization else None,
             use_safetensors=True,
         )
     except (OSError, HFValidationError) as error:
