@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -66,6 +66,10 @@ class RecipeParser(TrlParser):
                 raise UserError(f"{self.source}: unknown key {key!r}{hint or '; --help lists every flag.'}")
             if value is None and type(None) not in get_args(hints[key]):
                 raise UserError(f"{self.source}: {key!r} cannot be null; remove the line to get the default.")
+            if isinstance(value, list) and list not in [
+                get_origin(kind) for kind in (hints[key], *get_args(hints[key]))
+            ]:
+                raise UserError(f"{self.source}: {key!r} takes one value, not the list {value}.")
             if isinstance(value, list) and value and actions[key].nargs == "+":
                 words += [f"--{key}", *map(str, value)]
             elif value is None or isinstance(value, list):
