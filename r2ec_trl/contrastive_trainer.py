@@ -84,7 +84,12 @@ class ContrastiveTrainer(GreedyEvaluation, Trainer):
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=train_dataset.map(self._encode, desc="User prompts", load_from_cache_file=False),
+            train_dataset=train_dataset.map(
+                self._encode,
+                desc="User prompts",
+                load_from_cache_file=False,
+                new_fingerprint=self.prompts.fingerprint(train_dataset),  # or datasets would hash the whole model
+            ),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,

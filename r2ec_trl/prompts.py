@@ -204,6 +204,10 @@ class Prompts:
         )
         return list(encoded["input_ids"])
 
+    def fingerprint(self, dataset: Dataset) -> str:
+        """Fingerprint for [`~datasets.Dataset.map`] of a dataset that these prompts are added to."""
+        return hashlib.sha256((dataset._fingerprint + self.config.fingerprint()).encode()).hexdigest()[:16]
+
     def catalogue_ids(self, item_dataset: Iterable[Mapping[str, Any]]) -> list[list[int]]:
         """Item prompts' token ids for a whole catalogue, in its order."""
         return [self.item_ids(item) for item in item_dataset]

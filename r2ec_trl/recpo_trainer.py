@@ -104,6 +104,10 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
         self.prompts = Prompts(processing_class, args.prompt_config(), item_dataset)
         self.reader = MarkerReader(processing_class, args.marker)
         self._check_data(args, train_dataset)
+        if clash := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
+            raise UserError(
+                f"RecPOTrainer takes no `{clash[0]}`: a rollout is the policy's own words; use GRPOTrainer."
+            )
         if args.use_vllm:
             stops = {"stop": [args.marker], "include_stop_str_in_output": True}
             args.generation_kwargs = {**(args.generation_kwargs or {}), **stops}
@@ -158,6 +162,7 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
             lambda example: {"prompt": self.prompts.user_messages(example)},
             desc="User prompts",
             load_from_cache_file=False,
+            new_fingerprint=self.prompts.fingerprint(dataset),  # or datasets would hash the whole model
         )
 
     @contextmanager
@@ -232,6 +237,9 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
                 stale = self._refresh_table(encoder, sum(gather_object([sum(map(len, sequences))])))
         if self._is_watched_step():
             self._log_table(stale, score, states)
+        self._batch_rows = (
+            self.table.rows
+        )  # a later evaluation gives the table new ones: ratios compare like with like
         with self._timed("score"):
             scores = score(states)
             best = top_k(states, self.table.rows, NUM_TOP_ITEMS, excluded=excluded)[1].tolist()
@@ -317,7 +325,7 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
         if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0:
             # an optimizer step lies between rollout and update: keep π_old of the item; elsewhere old = new, exactly
             output["old_item_logprobs"] = self._item_logprobs(
-                self._states, self.table.rows[self._candidates], output["item_positions"]
+                self._states, self._batch_rows[self._candidates], output["item_positions"]
             )
         return output
 
@@ -370,19 +378,17 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
     def _candidate_rows(self) -> torch.Tensor:
         """Rows of the generation batch's distinct targets, `(C, d)`, encoded with gradient unless that is off."""
         if self.args.item_gradient == "none":
-            return self.table.rows[self._candidates]
+            return self._batch_rows[self._candidates]
         encoder = make_encoder(self.model, self.prompts, self.args.forward_token_budget)
         with self.accelerator.autocast():
             states = encoder([self.table.token_ids[row] for row in self._candidates])
         return self.table.project(states)
 
-    def _item_logprobs(
-        self, states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def _item_logprobs(self, states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self.args.item_negatives == "batch":
             return candidate_logprobs(states, candidates, positions, self.args.item_temperature)
         chosen = torch.tensor(self._candidates, device=candidates.device)
-        rows = self.table.rows.index_copy(0, chosen, candidates.to(self.table.rows.dtype))
+        rows = self._batch_rows.index_copy(0, chosen, candidates.to(self._batch_rows.dtype))
         return candidate_logprobs(states, rows, chosen[positions], self.args.item_temperature)
 
     # ----------------------------------------------------------------- watching
@@ -403,7 +409,7 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's, with seconds an optimizer step: `time/train` is what generation, scoring and items leave of it."""
         series = self._metrics["train"]
-        if self.model.training and series["step_time"]:
+        if self.model.training and series.get("step_time"):
             steps = len(series["step_time"])
             parts = {part: sum(series[f"time/{part}"]) / steps for part in ("generate", "score", "items")}
             parts["train"] = sum(series["step_time"]) / steps - sum(parts.values())
