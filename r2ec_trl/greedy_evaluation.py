@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.models.utils import unwrap_model_for_generation
 
+from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import evaluate_users, make_encoder, summarise_users
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.prompts import Prompts
@@ -82,6 +83,8 @@ class GreedyEvaluation(_Base):
             [`~r2ec_trl.evaluation.summarise_users`].
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or len(dataset) == 0:
+            raise UserError("`evaluate` has no users; give the trainer an `eval_dataset` with at least one.")
         dataset = dataset.select(range(min(len(dataset), self.args.max_eval_users or len(dataset))))
         figures = summarise_users(self.evaluate_frame(dataset))
         metrics = {f"{metric_key_prefix}_recommendation/{name}": value for name, value in figures.items()}
