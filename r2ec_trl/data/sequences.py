@@ -54,7 +54,7 @@ def import_sequences(
     dropped = Counter() if dropped is None else dropped
     skipped = dropped if skip_bad_rows else None
     paths = {split: _find(Path(folder), names) for split, names in _NAMES.items()}
-    items = _read_items(paths[ITEMS], skipped)
+    items = _checked_items(read_items(paths[ITEMS], skipped), paths[ITEMS], skipped)
     splits = {split: _read_rows(paths[split], items["item_id"], skipped) for split in SPLITS}
     splits[ITEMS] = items
     return DatasetDict({split: to_dataset(frame) for split, frame in splits.items()})
@@ -98,8 +98,24 @@ def _read_rows(path: Path, catalogue: pl.Series, skipped: Counter[str] | None) -
     return rows.drop(ROW)
 
 
-def _read_items(path: Path, skipped: Counter[str] | None) -> pl.DataFrame:
-    """Every column that any line has: found line by line, as no key may be lost."""
+def read_items(
+    path: Path, skipped: Counter[str] | None, item_column: str = "item_id", title_column: str = "title"
+) -> pl.DataFrame:
+    """
+    The catalogue from JSON lines, with every column that any line has: read line by line, as no key may be lost.
+
+    Args:
+        path (`Path`):
+            The file.
+        skipped (`Counter`, *optional*):
+            Where lines that are no JSON objects are counted; None to raise at the first.
+        item_column, title_column (`str`, *optional*):
+            Keys that become `item_id` and `title`.
+
+    Returns:
+        `polars.DataFrame`: text columns, and the line number in [`ROW`](~r2ec_trl.data.readers.ROW).
+    """
+    names = {item_column: "item_id", title_column: "title"}
     rows: list[dict[str, str | int | None]] = []
     columns: dict[str, None] = {"item_id": None, "title": None}
     for first, block in blocks(path):
@@ -107,7 +123,8 @@ def _read_items(path: Path, skipped: Counter[str] | None) -> pl.DataFrame:
             if not line.strip():
                 continue
             try:
-                row = {key: _flat_text(value) for key, value in parse_object(line).items()}
+                found = parse_object(line).items()
+                row = {names.get(key, key): _flat_text(value) for key, value in found}
             except ValueError as error:
                 if skipped is None:
                     raise UserError(
@@ -120,12 +137,15 @@ def _read_items(path: Path, skipped: Counter[str] | None) -> pl.DataFrame:
     if not rows:
         raise UserError(f"{path} is empty: a catalogue needs at least one item.")
     frame = pl.DataFrame(rows, schema={**dict.fromkeys(columns, pl.String), ROW: pl.Int64})
+    return frame
+
+
+def _checked_items(items: pl.DataFrame, path: Path, skipped: Counter[str] | None) -> pl.DataFrame:
     for column in ("item_id", "title"):
         bad = pl.col(column).is_null() | (pl.col(column) == "")
-        frame = reject(frame, bad, f"has no {column}", path, skipped)
+        items = reject(items, bad, f"has no {column}", path, skipped)
     repeated = pl.struct("item_id").is_first_distinct().not_()
-    frame = reject(frame, repeated, "repeats an item_id", path, skipped, "item_id")
-    return frame.drop(ROW)
+    return reject(items, repeated, "repeats an item_id", path, skipped, "item_id").drop(ROW)
 
 
 def _flat_text(value: object) -> str | None:

@@ -1,0 +1,201 @@
+"""Interactions as sorted arrays of codes, and what is filtered out of them: repeats, time window, k-core."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import polars as pl
+
+from ..errors import UserError
+from .source import Source
+from .stable_hash import mix, text_hashes
+
+
+@dataclass(frozen=True)
+class Events:
+    """
+    Interactions in the order of a history: by user, then time, then tie-break.
+
+    Args:
+        user (`np.ndarray`):
+            Position of the user's id in `user_ids`.
+        item (`np.ndarray`):
+            Position of the item's id in `item_ids`.
+        time (`np.ndarray`):
+            Ticks.
+        rating (`np.ndarray`, *optional*):
+            Ratings.
+        split (`np.ndarray`, *optional*):
+            0, 1, 2 where the source is split already.
+        user_ids (`polars.Series`):
+            Sorted ids; codes are positions in it.
+        item_ids (`polars.Series`):
+            Sorted ids; codes are positions in it.
+        ticks_per_second (`int`):
+            Unit of `time`.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    rating: np.ndarray | None
+    split: np.ndarray | None
+    user_ids: pl.Series
+    item_ids: pl.Series
+    ticks_per_second: int
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def keep(self, mask: np.ndarray) -> Events:
+        """The events where `mask` holds, in the same order."""
+        if mask.all():
+            return self
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
+        return replace(self, **{name: array[mask] for name, array in arrays.items()})
+
+
+def sort_events(source: Source, tie_break: str = "hash") -> Events:
+    """
+    Interactions of a source in history order.
+
+    Equal timestamps of a user are ordered by a hash of user and item (`"hash"`: whatever order the rows come in, and
+    no item is always first, which a model could learn), by item id (`"item"`) or as they stand in the file (`"file"`).
+    """
+    frame = source.interactions
+    user_ids = frame["user_id"].unique().sort()
+    item_ids = frame["item_id"].unique().sort()
+    coded = frame.select(
+        user=pl.col("user_id").cast(pl.Enum(user_ids)).to_physical().cast(pl.UInt32),
+        item=pl.col("item_id").cast(pl.Enum(item_ids)).to_physical().cast(pl.UInt32),
+        time=pl.col("timestamp"),
+        **{name: pl.col(name) for name in ("rating", "split") if name in frame.columns},
+    )
+    tied = _tied(coded)
+    if tie_break == "file":
+        keys = ["user", "time"]
+    elif tie_break == "item" or not tied.any():
+        keys = ["user", "time", "item"]
+    else:
+        user_hash, item_hash = text_hashes(user_ids), text_hashes(item_ids)
+        tie = np.zeros(len(coded), np.uint64)
+        users, items = (coded[name].to_numpy()[tied] for name in ("user", "item"))
+        tie[tied] = mix(mix(user_hash[users]) ^ item_hash[items])
+        coded = coded.with_columns(tie=pl.Series(tie))
+        keys = ["user", "time", "tie", "item"]
+    if tie_break != "file":
+        keys += [name for name in ("rating", "split") if name in coded.columns]
+    coded = coded.sort(keys, maintain_order=tie_break == "file")
+    return Events(
+        user=coded["user"].to_numpy(),
+        item=coded["item"].to_numpy(),
+        time=coded["time"].to_numpy(),
+        rating=coded["rating"].to_numpy() if "rating" in coded.columns else None,
+        split=coded["split"].to_numpy() if "split" in coded.columns else None,
+        user_ids=user_ids,
+        item_ids=item_ids,
+        ticks_per_second=source.ticks_per_second,
+    )
+
+
+def _tied(coded: pl.DataFrame) -> np.ndarray:
+    """Where another interaction of the user has the same time."""
+    return coded.select(pl.struct("user", "time").is_duplicated()).to_series().to_numpy()
+
+
+def drop_repeats(events: Events, repeats: str, dropped: Counter[str]) -> Events:
+    """
+    Drop exact duplicates (user, item and time), and of the same item bought again by the same user keep all
+    (`"keep"`), the `"first"` or the `"last"`.
+    """
+    frame = pl.DataFrame({"user": events.user, "item": events.item, "time": events.time})
+    first = frame.select(pl.struct("user", "item", "time").is_first_distinct()).to_series().to_numpy()
+    dropped["duplicate of user, item and time"] += int(len(first) - first.sum())
+    events, frame = events.keep(first), frame.filter(pl.Series(first))
+    if repeats != "keep":
+        pair = pl.struct("user", "item")
+        kept = frame.select(pair.is_first_distinct() if repeats == "first" else pair.is_last_distinct())
+        mask = kept.to_series().to_numpy()
+        dropped[f"repeat of user and item (kept: {repeats})"] += int(len(mask) - mask.sum())
+        events = events.keep(mask)
+    return events
+
+
+def drop_items(events: Events, items: pl.Series, cause: str, dropped: Counter[str]) -> Events:
+    """Drop the interactions whose item is not among `items`."""
+    known = events.item_ids.is_in(items.implode()).to_numpy()
+    mask = known[events.item]
+    dropped[f"interaction with {cause}"] += int(len(mask) - mask.sum())
+    return events.keep(mask)
+
+
+def k_core(events: Events, user_core: int, item_core: int, dropped: Counter[str] | None = None) -> Events:
+    """Drop users and items with too few interactions until none is left, as each drop can make others too few."""
+    user, item = events.user, events.item
+    alive = np.arange(len(events))
+    while True:
+        enough = np.ones(len(alive), bool)
+        if user_core > 1:
+            enough &= (np.bincount(user) >= user_core)[user]
+        if item_core > 1:
+            enough &= (np.bincount(item) >= item_core)[item]
+        if enough.all():
+            break
+        user, item, alive = user[enough], item[enough], alive[enough]
+    if dropped is not None and (user_core > 1 or item_core > 1):
+        dropped[f"{user_core}/{item_core}-core of users/items"] += len(events) - len(alive)
+    mask = np.zeros(len(events), bool)
+    mask[alive] = True
+    return events.keep(mask)
+
+
+def time_window(
+    events: Events,
+    start: datetime.datetime | None,
+    end: datetime.datetime | None,
+    *,
+    min_items: int,
+    step_months: int,
+    cores: tuple[int, int],
+    dropped: Counter[str],
+) -> tuple[Events, datetime.datetime | None]:
+    """
+    Keep `start <= time < end`; while fewer than `min_items` items are left after the k-core, move the start back by
+    `step_months` (METHOD §4: the paper's window). Returns the events of the window, before the k-core, and its start.
+    """
+    ticks = events.ticks_per_second
+    before_end = events.keep(events.time < _epoch(end) * ticks) if end else events
+    if not len(before_end):
+        raise UserError(f"No interaction is before --window_end {end:%Y-%m-%d}: move it.")
+    earliest = int(before_end.time.min())
+    while True:
+        window = before_end.keep(before_end.time >= _epoch(start) * ticks) if start else before_end
+        enough = not min_items or len(np.unique(k_core(window, *cores).item)) >= min_items
+        if enough or start is None or _epoch(start) * ticks <= earliest:
+            dropped["interaction outside the time window"] += len(events) - len(window)
+            return window, start
+        start = _months_before(start, step_months)
+
+
+def _epoch(date: datetime.datetime) -> int:
+    return int(date.timestamp())
+
+
+def _months_before(date: datetime.datetime, months: int) -> datetime.datetime:
+    month = date.year * 12 + date.month - 1 - months
+    return date.replace(year=month // 12, month=month % 12 + 1, day=min(date.day, 28))
+
+
+def parse_date(text: str | None, flag: str) -> datetime.datetime | None:
+    """A date such as `2022-10-01` (midnight, UTC); None for None."""
+    if text is None:
+        return None
+    try:
+        date = datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"{flag} {text!r} is no date such as 2022-10-01.") from error
+    return date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)
+
