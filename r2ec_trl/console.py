@@ -1,0 +1,61 @@
+"""Reports as rich tables: rendering alone, no figure is computed here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from r2ec_trl.evaluation_report import MASKS
+
+_METRIC_NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR"}
+
+
+def report_table(report: Mapping[str, Any]) -> Table:
+    """A table of [`~r2ec_trl.evaluation_report.report`]: a line per metric and mask, a column per system."""
+    table = Table(title=_title(report), caption="95 % bootstrap interval of users in brackets")
+    table.add_column("history")
+    table.add_column("metric")
+    systems = list(report["unmasked"])
+    for system in systems:
+        table.add_column(system.replace("_", " "), justify="right")
+    for mask in MASKS:
+        for number, metric in enumerate(report[mask]["model"]):
+            cells = [_figure(report[mask][system][metric]) for system in systems]
+            table.add_row("" if number else mask, _metric_name(metric), *cells)
+        table.add_section()
+    return table
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """A table of [`~r2ec_trl.evaluation_report.compare_frames`]; differences whose interval excludes 0 stand out."""
+    table = Table(title=_title(comparison), caption="bold: the 95 % interval of the paired difference excludes 0")
+    for name in ("history", "metric"):
+        table.add_column(name)
+    for name in ("before", "after", "difference"):
+        table.add_column(name, justify="right")
+    for mask in MASKS:
+        for number, (metric, figure) in enumerate(comparison[mask].items()):
+            text = f"{figure['difference']:+.4f} [dim]\\[{figure['low']:+.4f}, {figure['high']:+.4f}][/dim]"
+            clear = figure["low"] > 0 or figure["high"] < 0
+            table.add_row(
+                "" if number else mask,
+                _metric_name(metric),
+                f"{figure['before']:.4f}",
+                f"{figure['after']:.4f}",
+                f"[bold]{text}[/bold]" if clear else text,
+            )
+        table.add_section()
+    return table
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['rows']:,} rows of {result['users']:,} users"
+
+
+def _metric_name(metric: str) -> str:
+    name, _, cutoff = metric.partition("@")
+    return f"{_METRIC_NAMES.get(name, name)}@{cutoff}"
+
+
+def _figure(figure: Mapping[str, float]) -> str:
+    return f"{figure['value']:.4f} [dim]\\[{figure['low']:.4f}, {figure['high']:.4f}][/dim]"
