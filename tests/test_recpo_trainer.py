@@ -117,7 +117,7 @@ def test_first_iteration_has_ratio_one_and_the_second_does_not(make_trainer, rep
 
 
 def test_evaluation_between_two_iterations_leaves_the_item_ratio_alone(make_trainer, replay, sample):
-    """Rows are constants of the generation batch here, so an evaluation, which encodes them anew, must not reach them."""
+    """Rows are constants of the generation batch here: an evaluation, which encodes them anew, must not reach them."""
     losses = []
     for evaluates in (False, True):
         replay(sample)
@@ -135,7 +135,7 @@ def test_evaluation_between_two_iterations_leaves_the_item_ratio_alone(make_trai
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- answer states and forwards
+# ---------------------------------------------------------------------------------------- answer states and forwards
 def test_reward_pass_and_loss_see_the_same_answer_state(make_trainer, replay, sample, model_family, monkeypatch):
     """Right-padded by length there, left-padded beside other prompts here; the reference: alone, without padding."""
     replay(sample)
@@ -196,7 +196,7 @@ def test_one_backbone_call_a_micro_step_for_the_rollouts(make_trainer, replay, s
     assert counts == [most, most]
 
 
-# -------------------------------------------------------------------------------------------------------------- rewards
+# ----------------------------------------------------------------------------------------------------------- rewards
 def test_rewards_see_the_rank_and_probability_of_the_equations(make_trainer, replay, sample, shop, tiny_model):
     """Against a float64 model that encodes the whole catalogue and the rollouts one by one."""
     seen = {}
@@ -263,7 +263,7 @@ def test_a_reward_that_is_no_number_is_an_error_that_names_it(make_trainer, repl
         make_trainer(reward=broken_reward).train()
 
 
-# ---------------------------------------------------------------------------------------------------------- TRL's knobs
+# ------------------------------------------------------------------------------------------------------- TRL's knobs
 LOSSES = [{"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")]
 KNOBS = [
     *LOSSES,
@@ -325,7 +325,7 @@ def test_truncated_rollouts_are_masked_and_carry_no_item_term(make_trainer, repl
         assert output["num_items_in_batch"].item() == trained.sum().item()
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------- figures
 def test_logged_figures_of_rollouts(make_trainer, replay, sample):
     given = replay(sample)
     trainer = make_trainer(max_steps=1)
@@ -372,7 +372,7 @@ def test_table_figures_under_a_small_budget(make_trainer, replay, sample):
     assert drifts[0] == 0 and drifts[1] > 0
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------------------------ errors
 def test_users_mistakes_are_one_sentence(make_trainer, shop, replay, sample):
     with pytest.raises(UserError, match="fewer than the 2 of one generation batch"):
         make_trainer(train=shop["train"].select([0]))
@@ -417,23 +417,33 @@ class Rewards(TrainerCallback):
 
 
 @pytest.mark.parametrize("item_coef", [0.0, 1.0])
-def test_reward_rises(make_trainer, shop, item_coef):
-    """Two users, real sampling, a reward on the target's probability: text alone can raise it, and both terms can."""
-    rewards = Rewards()
+def test_reward_rises(make_trainer, shop, tiny_model, item_coef):
+    """
+    Two users, real sampling, a reward on the target's probability. Without the item term only the head that writes is
+    trained: answer states then move by nothing but the words that are chosen.
+    """
+    model = tiny_model("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = bool(item_coef) or name.startswith("lm_head")
+    before, rewards = model.lm_head.weight.detach().clone(), Rewards()
     trainer = make_trainer(
+        model=model,
         peft=False,
         reward="target_probability",
         train=shop["train"].select([0, 1]),
-        per_device_train_batch_size=16,
-        num_generations=8,
+        per_device_train_batch_size=32,
+        num_generations=16,
         max_completion_length=4,
+        user_template="{history}",
         item_coef=item_coef,
+        item_negatives="catalogue",
         item_temperature=0.1,
-        max_steps=40,
-        learning_rate=3e-3,
+        max_steps=10 if item_coef else 28,
+        learning_rate=3e-4 if item_coef else 2e-2,
+        lr_scheduler_type="constant",
         callbacks=[rewards],
         watch_steps=0,
     )
     trainer.train()
-    first, last = sum(rewards.values[:8]) / 8, sum(rewards.values[-8:]) / 8
-    assert last > 1.3 * first, rewards.values
+    assert not torch.equal(model.lm_head.weight, before)
+    assert sum(rewards.values[-4:]) > 1.4 * sum(rewards.values[:4]), rewards.values
