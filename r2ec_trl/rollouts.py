@@ -111,7 +111,7 @@ class MarkerCriteria(StoppingCriteria):
     def __init__(self, reader: MarkerReader, prompt_length: int):
         self.reader = reader
         self.prompt_length = prompt_length
-        self.window = 2 * len(reader.marker) + 2  # a token holds at least one byte, but for markers of special ones
+        self.window = 2 * len(reader.marker.encode()) + 2  # a token holds at least one byte, but for special ones
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         """Whether the newest tokens of each row hold the marker, `(batch,)`."""
@@ -163,7 +163,8 @@ def generate_reasoning(
     """
     tokenizer = reader.tokenizer
     eos = model.generation_config.eos_token_id
-    end_ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}  # as TRL's sampling
+    end_ids = stop_ids | {tokenizer.pad_token_id}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -174,7 +175,7 @@ def generate_reasoning(
         repetition_penalty=1.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(end_ids),
+        eos_token_id=sorted(stop_ids),
         disable_compile=True,
     )
     device = next(model.parameters()).device
