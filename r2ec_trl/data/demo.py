@@ -1,10 +1,10 @@
 """A generated shop for the demo: customers set up an instrument step by step, so good reasoning can be *known*.
 
-Everything here is synthetic. A customer sets up one instrument (the project's *family*) and buys its accessories in the
-order of `STAGES`, mostly of one liked brand, in any colour; stray purchases lie in between. The next purchase is the
-project's next stage, except for some stray ones. Ratings and times are drawn apart from all this and carry no signal.
-Because the world is ours, `oracle_ranks` can say what the best possible scorer would reach and `right_reasoning` whether
-a reasoning names the right family and stage.
+Everything here is synthetic. A customer sets up one instrument (the project's *family*) and buys its accessories in
+the order of `STAGES`, mostly of one liked brand, in any colour; stray purchases lie in between. The next purchase is
+the project's next stage, except for some stray ones. Ratings and times are drawn apart from all this and carry no
+signal. Because the world is ours, `oracle_ranks` can say what the best possible scorer would reach and
+`right_reasoning` whether a reasoning names the right family and stage.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, List, Value
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.prompts import PromptConfig
@@ -40,6 +40,20 @@ DEMO_PROMPTS = PromptConfig(  # few tokens: the demo runs on a laptop
 )
 
 _STREAMS = {"policy": 0, "train": 1, "validation": 2, "test": 3}  # a random stream each, so that users are all apart
+_USER_FEATURES = Features(
+    {
+        "user_id": Value("string"),
+        "history": List(Value("string")),
+        "target": Value("string"),
+        "history_ratings": List(Value("float64")),
+        "history_timestamps": List(Value("int64")),
+        "timestamp": Value("int64"),
+        "true_family": Value("string"),
+        "true_stage": Value("string"),
+        "true_brand": Value("string"),
+        "true_strays": List(Value("int64")),
+    }
+)
 _FAMILY_CLAIM = re.compile(r"the project is (\w+)")
 _STAGE_CLAIM = re.compile(r"the next step is (\w+)")
 
@@ -66,7 +80,7 @@ class DemoWorld:
         probabilities = (self.brand_loyalty, self.stray_target, *self.stray_counts)
         if not all(0 <= value <= 1 for value in probabilities) or not math.isclose(sum(self.stray_counts), 1):
             raise UserError(
-                f"{self} holds a value that is no probability, or stray_counts that do not sum to 1; mend these values."
+                f"{self} holds a value that is no probability, or stray_counts that do not sum to 1; mend these."
             )
 
     def brand_probabilities(self) -> np.ndarray:
@@ -165,7 +179,8 @@ def demo_users(split: str, count: int, seed: int = 0, world: DemoWorld | None = 
     rng = np.random.default_rng([seed, _STREAMS[split]])
     brand_probabilities = world.brand_probabilities()
     return Dataset.from_list(
-        [_draw_user(f"{split}-{number:05d}", world, brand_probabilities, rng) for number in range(count)]
+        [_draw_user(f"{split}-{number:05d}", world, brand_probabilities, rng) for number in range(count)],
+        features=_USER_FEATURES,
     )
 
 
@@ -211,9 +226,10 @@ def next_item_probabilities(history: list[str], world: DemoWorld | None = None) 
     """
     The generator's exact probability of each item being the target, given the history.
 
-    Sums over everything hidden: which purchases belong to the project (every choice of positions whose items are of one
-    family and in the order of the stages) and the liked brand. A stray purchase is any item with equal probability, so a
-    choice of `m` project positions among `L` weighs `P(L - m strays) / C(L, m)` times the probability of its items.
+    Sums over everything hidden: which purchases belong to the project (every choice of positions whose items are of
+    one family and in the order of the stages) and the liked brand. A stray purchase is any item with equal
+    probability, so a choice of `m` project positions among `L` weighs `P(L - m strays) / C(L, m)` times the
+    probability of its items.
 
     Args:
         history (`list[str]`):
@@ -280,8 +296,8 @@ def right_reasoning(reasoning: str, example: Mapping[str, Any]) -> dict[str, boo
     """
     Judge a reasoning by what the generator knows: does it name the customer's family, and the project's next stage?
 
-    The truth is the customer's project also where the target is a stray purchase. A reasoning that names none, or several
-    different ones, is not right.
+    The truth is the customer's project also where the target is a stray purchase. A reasoning that names none, or
+    several different ones, is not right.
 
     Args:
         reasoning (`str`):
