@@ -1,6 +1,5 @@
 """Policy and data as every recipe loads them: base model, tokenizer, saved adapter, dataset folder."""
 
-import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -10,10 +9,11 @@ import torch
 from accelerate import PartialState
 from datasets import DatasetDict
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from r2ec_trl.adapters import attach_adapter, read_adapter_config
 from r2ec_trl.data.demo import DEMO_POLICY, make_demo
 from r2ec_trl.data.schema import load_dataset_card, load_dataset_folder, save_dataset_folder
 from r2ec_trl.errors import UserError
@@ -83,7 +83,7 @@ def peft_config(args: PolicyArguments) -> LoraConfig | None:
 
 
 def load_policy(
-    args: PolicyArguments, trainable: bool = False, trust_remote_code: bool = False
+    args: PolicyArguments, trainable: bool = False, trust_remote_code: bool = False, tokenizer_path: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """
     Base model with its tokenizer, and the saved adapter on it if one is named.
@@ -95,11 +95,13 @@ def load_policy(
             Whether the adapter is trained on.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the model may run.
+        tokenizer_path (`str`, *optional*):
+            Where the tokenizer is, if not beside the base model.
 
     Raises:
         [`UserError`]: for a model or adapter that cannot be read, or do not fit each other.
     """
-    adapter_config = _read_adapter_config(args.adapter) if args.adapter is not None else None
+    adapter_config = read_adapter_config(args.adapter) if args.adapter is not None else None
     name = args.model_name_or_path or (adapter_config and adapter_config.base_model_name_or_path)
     if not name:
         raise UserError("No model given; add `--model_name_or_path NAME_OR_FOLDER`.")
@@ -107,7 +109,7 @@ def load_policy(
     quantization = get_quantization_config(args)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=args.model_revision, trust_remote_code=trust_remote_code
+            tokenizer_path or name, revision=args.model_revision, trust_remote_code=trust_remote_code
         )
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -116,38 +118,19 @@ def load_policy(
             dtype=args.dtype if args.dtype in ("auto", None) else getattr(torch, args.dtype),
             attn_implementation=args.attn_implementation,
             quantization_config=quantization,
-            device_map={"": PartialState().process_index if torch.cuda.is_available() else "cpu"} if quantization else None,
+            device_map=(
+                {"": PartialState().process_index if torch.cuda.is_available() else "cpu"} if quantization else None
+            ),
             use_safetensors=True,
         )
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "" if args.model_name_or_path else " (the base recorded in the adapter; name yours with --model_name_or_path)"
+        hint = (
+            ""
+            if args.model_name_or_path
+            else " (the base recorded in the adapter; name yours with --model_name_or_path)"
+        )
         raise UserError(f"The model {name!r}{hint} cannot be loaded: {reason}") from error
     if adapter_config is None:
         return model, tokenizer
-    return _with_adapter(model, str(args.adapter), adapter_config, trainable), tokenizer
-
-
-def _read_adapter_config(adapter: str) -> PeftConfig:
-    if os.path.isdir(adapter):
-        files = os.listdir(adapter)
-        if "adapter_config.json" not in files:
-            raise UserError(f"The adapter folder {adapter!r} has no adapter_config.json; give a folder PEFT saved.")
-        if "adapter_model.safetensors" not in files:
-            raise UserError(
-                f"The adapter folder {adapter!r} has no adapter_model.safetensors; only safetensors are read, so save "
-                "it again with `safe_serialization=True`."
-            )
-    try:
-        return PeftConfig.from_pretrained(adapter)
-    except (ValueError, TypeError, KeyError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"The adapter {adapter!r} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _with_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, trainable: bool) -> PeftModel:
-    try:
-        model = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=trainable)
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"The adapter {adapter!r} does not fit the model {model.config._name_or_path!r}: {reason}") from error
-    return model
+    return attach_adapter(model, args.adapter, adapter_config, trainable), tokenizer

@@ -1,0 +1,135 @@
+"""Saved LoRA adapters, the released ones included (METHOD §6): read, checked against the base model, attached."""
+
+import warnings
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from r2ec_trl.errors import UserError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(adapter: str) -> Path:
+    """
+    Local folder of an adapter, downloaded if `adapter` is a hub id; only its settings and safetensors are fetched.
+
+    Args:
+        adapter (`str`):
+            Folder or hub id.
+
+    Raises:
+        [`UserError`]: when there is none, or its weights are a pickle.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(
+                f"The adapter {adapter!r} is neither a folder nor a hub id that can be reached: {_first_line(error)}"
+            ) from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"The adapter {adapter!r} has no {CONFIG_FILE}; give a folder that PEFT saved.")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"The adapter {adapter!r} has no {WEIGHTS_FILE}; pickles (.bin) are not read, so save it again as "
+            "safetensors."
+        )
+    return folder
+
+
+def read_adapter_config(adapter: str) -> PeftConfig:
+    """The adapter's PEFT settings; [`UserError`] when they cannot be read."""
+    try:
+        config = PeftConfig.from_pretrained(str(adapter_folder(adapter)))
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+        raise UserError(f"The adapter {adapter!r}: {CONFIG_FILE} cannot be read: {_first_line(error)}") from error
+    if config.peft_type != PeftType.LORA:
+        raise UserError(
+            f"The adapter {adapter!r}: {CONFIG_FILE} says `peft_type` {config.peft_type}; give a LoRA one."
+        )
+    return config
+
+
+def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, trainable: bool = False) -> PeftModel:
+    """
+    `model` with a saved adapter on it, every tensor accounted for.
+
+    PEFT itself only warns of missing tensors and passes over surplus ones: what is left of an adapter then is a base
+    model, and nobody notices.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Base model. It need not have the name that the adapter records.
+        adapter (`str`):
+            Folder or hub id.
+        config ([`~peft.PeftConfig`]):
+            From [`read_adapter_config`].
+        trainable (`bool`, *optional*, defaults to `False`):
+            Whether the adapter is trained on.
+
+    Raises:
+        [`UserError`]: when adapter and model do not fit, in one sentence that says where.
+    """
+    folder = adapter_folder(adapter)
+    name = model.config._name_or_path or type(model).__name__
+    misfit = f"The adapter {adapter!r} does not fit the model {name!r}: "
+    shapes = _tensor_shapes(folder / WEIGHTS_FILE, adapter)
+    config.base_model_name_or_path = model.config._name_or_path
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing and mismatched tensors, which are errors below
+            peft_model = PeftModel.from_pretrained(
+                model,
+                str(folder),
+                config=config,
+                is_trainable=trainable,
+                ignore_mismatched_sizes=True,
+                torch_device="cpu",
+            )
+            loaded = peft_model.load_adapter(
+                str(folder), "default", is_trainable=trainable, ignore_mismatched_sizes=True, torch_device="cpu"
+            )
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{misfit}{_first_line(error)}") from error
+    expected = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(peft_model).items()}
+    for key in sorted(shapes.keys() & expected.keys()):
+        if shapes[key] != expected[key]:
+            raise UserError(f"{misfit}{_shape_sentence(key, shapes[key], expected[key])}")
+    for found, what in (
+        (loaded.missing_keys, "the file lacks {} of the tensors that the settings and the model ask for, such as {}"),
+        (loaded.unexpected_keys, "the file holds {} tensors that the model has no place for, such as {}"),
+    ):
+        if found:
+            example = sorted(found)[0].replace(".default.", ".")
+            raise UserError(f"{misfit}{what.format(len(found), example)}; name the base it was trained on.")
+    return peft_model
+
+
+def _tensor_shapes(file: Path, adapter: str) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"The adapter {adapter!r}: {WEIGHTS_FILE} is damaged: {_first_line(error)}") from error
+
+
+def _shape_sentence(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    rank_axis = 0 if ".lora_A." in key else 1 if ".lora_B." in key else None
+    if rank_axis is not None and found[rank_axis] != expected[rank_axis]:
+        return (
+            f"{key} has rank {found[rank_axis]}, but {CONFIG_FILE} says r={expected[rank_axis]}; the two files belong "
+            "to different adapters."
+        )
+    return f"{key} is {found}, but the model needs {expected}; name the base it was trained on."
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:300]
