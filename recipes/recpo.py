@@ -65,7 +65,7 @@ def main() -> None:
     )
     for plain in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(plain)
-    trainer.add_callback(RecPOProgressCallback(trainer))
+    trainer.add_callback(RecPOProgressCallback(lambda: trainer.last_rollout_example))
     test = first_rows(dataset["test"], script_args.max_test_users)
     before = trainer.evaluate_frame(test) if script_args.report_before else None  # looked at when training is over
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

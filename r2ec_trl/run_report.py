@@ -1,0 +1,172 @@
+"""How a run ends: the test split once, baselines beside it, everything written, the tables printed."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from datasets import Dataset, DatasetDict
+from rich.console import Console, Group
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.panel import Panel
+
+from r2ec_trl.baselines import item_to_item, popularity
+from r2ec_trl.console import comparison_table, report_table
+from r2ec_trl.data.demo import oracle_ranks, right_reasoning
+from r2ec_trl.evaluation_report import compare_frames, protocol, report, write_report
+from r2ec_trl.greedy_evaluation import GreedyEvaluation
+from r2ec_trl.recpo_config import RecommendationArguments
+
+logger = logging.getLogger(__name__)
+
+NUM_EXAMPLES = 2  # users whose reasoning is shown before and after
+
+
+def start_logging(args: Any) -> None:
+    """Warnings through rich, on the main process only; Hugging Face's own progress of loading and mapping stays off."""
+    level = logging.WARNING if args.process_index == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+
+
+def first_rows(dataset: Dataset, count: int | None) -> Dataset:
+    """The first `count` rows, or all."""
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def baseline_ranks(dataset: DatasetDict, test: Dataset, synthetic: bool) -> dict[str, tuple[Any, Any]]:
+    """Ranks (unmasked, masked) of popularity, item-to-item counts and, in the generated shop, the generator itself."""
+    item_ids = dataset["items"]["item_id"][:]
+    ranks: dict[str, tuple[Any, Any]] = {
+        "popularity": popularity(dataset["train"], item_ids).ranks(test),
+        "item_to_item": item_to_item(dataset["train"], item_ids).ranks(test),
+    }
+    if synthetic and "true_stage" in test.column_names:
+        oracle = oracle_ranks(test)
+        repeats = np.array([row["target"] in row["history"] for row in test])
+        ranks["oracle"] = (oracle, np.where(repeats, len(item_ids) + 1, oracle))
+    return ranks
+
+
+def settings_of(args: RecommendationArguments, reasoning: str, **more: Any) -> dict[str, Any]:
+    """What of the arguments decides a figure: prompts, scoring, reasoning and what is passed besides."""
+    names = [field.name for field in dataclasses.fields(RecommendationArguments)]
+    return {**{name: getattr(args, name) for name in names}, "reasoning": reasoning, **more}
+
+
+def reasoning_shares(frame: pl.DataFrame, test: Dataset) -> dict[str, float]:
+    """Share of marker-ended reasonings and, in the generated shop, of those that name the right family and stage."""
+    shares = {"has_marker": float(frame["has_marker"].cast(pl.Float64).to_numpy().mean())}
+    if "true_stage" in test.column_names:
+        judged = [right_reasoning(text, row) for text, row in zip(frame["reasoning"], test, strict=True)]
+        for name in ("family", "stage"):
+            shares[f"right_{name}"] = sum(verdict[name] for verdict in judged) / len(judged)
+    return shares
+
+
+def finish_run(
+    trainer: GreedyEvaluation, dataset: DatasetDict, card: Mapping[str, Any], test: Dataset, before: pl.DataFrame | None
+) -> None:
+    """
+    Evaluate the trained policy on the test rows, save it with its table, write the figures and print them.
+
+    Args:
+        trainer ([`GreedyEvaluation`]):
+            A trainer of ours after `train`, with the best weights loaded.
+        dataset, card:
+            The dataset folder and its card.
+        test ([`~datasets.Dataset`]):
+            The test rows.
+        before (`polars.DataFrame`, *optional*):
+            The same rows evaluated before training.
+    """
+    args: Any = trainer.args
+    after = trainer.evaluate_frame(test)
+    trainer.save_model(args.output_dir)
+    if not trainer.accelerator.is_main_process:
+        return
+    folder = Path(args.output_dir)
+    trainer.table.save(folder)
+    facts = protocol(
+        card,
+        settings_of(
+            args,
+            trainer.reasoning,
+            max_completion_length=getattr(args, "max_completion_length", 0),
+            model=trainer.model.config._name_or_path,
+        ),
+        args.seed,
+    )
+    baselines = baseline_ranks(dataset, test, card["synthetic"])
+    result: dict[str, Any] = {"protocol": facts, "after": {**report(after, baselines, facts), **_extras(after, test)}}
+    if before is not None:
+        before_report = {**report(before, {}, facts), **_extras(before, test)}
+        result.update(before=before_report, difference=compare_frames(before, after))
+        write_report(folder / "before", before_report, before)
+    result["training"] = {
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "best_validation": trainer.state.best_metric,
+        "seconds": next((log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None),
+        "arguments": {name: value for name, value in args.to_dict().items() if value is not None},
+    }
+    write_report(folder, result, after)
+    _print(Console(), result, dataset, test, before, after)
+
+
+def _extras(frame: pl.DataFrame, test: Dataset) -> dict[str, Any]:
+    return {"reasoning": reasoning_shares(frame, test)}
+
+
+def write_evaluation(
+    folder: str | os.PathLike,
+    frame: pl.DataFrame,
+    dataset: DatasetDict,
+    card: Mapping[str, Any],
+    test: Dataset,
+    settings: Mapping[str, Any],
+    seed: int,
+    split: str,
+) -> None:
+    """Write and print what recipes/evaluate.py measured: one report of one reasoning mode."""
+    facts = protocol(card, settings, seed, split)
+    result = {**report(frame, baseline_ranks(dataset, test, card["synthetic"]), facts), **_extras(frame, test)}
+    write_report(folder, result, frame)
+    console = Console()
+    console.print(f"[bold]reasoning: {settings['reasoning']}[/bold]", result["reasoning"])
+    console.print(report_table(result))
+
+
+def _print(
+    console: Console,
+    result: Mapping[str, Any],
+    dataset: DatasetDict,
+    test: Dataset,
+    before: pl.DataFrame | None,
+    after: pl.DataFrame,
+) -> None:
+    titles = dict(zip(dataset["items"]["item_id"], dataset["items"]["title"], strict=True))
+    if before is not None:
+        for row in range(min(NUM_EXAMPLES, len(test))):
+            console.print(_example(test[row], before.row(row, named=True), after.row(row, named=True), titles))
+    console.print(report_table(result["after"]))
+    if before is not None:
+        console.print(comparison_table(result["difference"]))
+        console.print("before:", result["before"]["reasoning"])
+    console.print("after:", result["after"]["reasoning"])
+
+
+def _example(
+    user: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str]
+) -> Panel:
+    """One user's purchases, and the reasoning with its first item and the target's rank, before and after."""
+    lines = [f"[dim]bought[/dim] {escape(' | '.join(titles[item] for item in user['history']))}"]
+    lines.append(f"[dim]next  [/dim] {escape(titles[user['target']])}")
+    for name, row in (("before", before), ("after ", after)):
+        lines.append(f"[bold]{name}[/bold] {escape(row['reasoning'])}")
+        lines.append(f"       first: {escape(titles[row['top_item_ids'][0]])}; the target is at rank {row['rank']}")
+    return Panel(Group(*lines), title=escape(str(user["user_id"])), title_align="left")
