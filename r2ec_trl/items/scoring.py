@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from r2ec_trl.errors import UserError
 
 SCORES_AT_ONCE = 2**24  # bounds the memory of one chunk whatever the number of states: 64 MB
-TILE_SIZE = 1_024  # items: bounds the rows held in float64 at once
+ROW_VALUES_AT_ONCE = 2**22  # bounds the rows held in float64: 32 MB
 SIMILARITIES = ("cosine", "dot")
 
 
@@ -219,7 +219,8 @@ def _chunk_size(states: torch.Tensor, rows: torch.Tensor, chunk_size: int | None
 def _scores(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Similarities, (B, chunk): float64 products, rounded once to float32."""
     states = states.double()
-    return torch.cat([(states @ tile.double().T).float() for tile in rows.split(TILE_SIZE)], dim=1)
+    tiles = rows.split(max(1, ROW_VALUES_AT_ONCE // max(1, rows.shape[1])))
+    return torch.cat([(states @ tile.double().T).float() for tile in tiles], dim=1)
 
 
 def _exclude(scores: torch.Tensor, excluded: torch.Tensor, start: int) -> None:

@@ -205,6 +205,14 @@ def test_a_small_catalogue_takes_one_product():
     assert record.products == 1
 
 
+def test_float64_rows_are_bounded_too(monkeypatch):
+    states, rows, targets, _ = problem(8, 100, 16)
+    expected = target_rank_and_logprob(states, rows, targets, temperature=0.02)
+    monkeypatch.setattr("r2ec_trl.items.scoring.ROW_VALUES_AT_ONCE", 160)
+    result = target_rank_and_logprob(states, rows, targets, temperature=0.02)
+    assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+
+
 def test_default_chunk_is_bounded_by_memory_not_by_items(monkeypatch):
     monkeypatch.setattr("r2ec_trl.items.scoring.SCORES_AT_ONCE", 320)
     states, rows, targets, _ = problem(32, 100, 4)
