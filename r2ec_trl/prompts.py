@@ -21,9 +21,7 @@ USER_TEMPLATE = (
     "next? Write down your reasoning, and finally recommend the next {category} for this customer inside {marker} "
     "and {closing}, for example {marker} a {category} that fits {closing}.\n\nPurchases, oldest first:\n{history}"
 )
-ITEM_TEMPLATE = (
-    "Summarise the key attributes of the following {category} inside {marker} and {closing}.\n\n{fields}"
-)
+ITEM_TEMPLATE = "Summarise the key attributes of the following {category} inside {marker} and {closing}.\n\n{fields}"
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
@@ -85,6 +83,8 @@ class PromptConfig:
                 raise UserError(f"`{name}` lacks the placeholder {needed}; put it where that text belongs.")
         if not self.marker.strip():
             raise UserError("`marker` is empty; give the string at which the model recommends, such as '<answer>'.")
+        if self.max_history_items < 1:
+            raise UserError(f"`max_history_items` is {self.max_history_items}; show at least the newest purchase.")
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every field: equal for equal prompts."""
@@ -106,7 +106,7 @@ def time_since(seconds: float) -> str:
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a chat template the built-in plain one, and say so; pad with EOS where no pad is set."""
+    """Give a tokenizer without a chat template the built-in plain one, said once; pad with EOS where no pad is set."""
     if tokenizer.chat_template is None:
         logger.warning("The tokenizer has no chat template: using the plain 'User: … Assistant: …' one.")
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
@@ -225,6 +225,8 @@ class Prompts:
     def _purchase_lines(self, example: Mapping[str, Any]) -> list[str]:
         titles = example.get("history_titles")
         if titles is None:
+            if missing := [item_id for item_id in example["history"] if item_id not in self.titles]:
+                raise UserError(f"User {example.get('user_id', '?')}: item {missing[0]!r} is not in the catalogue.")
             titles = [self.titles[item_id] for item_id in example["history"]]
         ratings = example.get("history_ratings") if self.config.use_ratings else None
         times = example.get("history_timestamps") if self.config.use_times else None
@@ -241,10 +243,12 @@ class Prompts:
         return "" if value is None else self._clean(str(value))
 
     def _clean(self, text: str) -> str:
-        """Data never speak for the model: the marker and its closing are taken out of titles and descriptions."""
-        for tag in (self.config.marker, self.config.closing):
-            text = text.replace(tag, tag.strip("<>/"))
-        return " ".join(text.split())
+        """Data never speak for the model: the marker and its closing are broken up in titles and descriptions."""
+        text = " ".join(text.split())
+        for tag in filter(None, (self.config.marker, self.config.closing)):
+            bare = tag.strip("<>/")
+            text = text.replace(tag, bare if bare and bare != tag else " ".join(tag))
+        return text
 
 
 def _label(name: str) -> str:

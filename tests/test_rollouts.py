@@ -48,7 +48,7 @@ class OverflowTokenizer:
         return "".join(self.pieces[i] for i in ids)
 
 
-# ------------------------------------------------------------------------------------------------------------- finding
+# ----------------------------------------------------------------------------------- finding
 @settings(max_examples=150)
 @given(data=st.data())
 def test_end_equals_a_linear_scan(reader, data, chat_tokenizer):
@@ -116,7 +116,7 @@ def test_criteria_see_the_newest_marker_only_behind_the_prompt(chat_tokenizer, i
     assert MarkerCriteria(reader, len(prompt))(torch.tensor([prompt]), None).tolist() == [False]
 
 
-# ---------------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------- generation
 class Forced:
     """A logits processor that spells a script a row, whatever the model would say: real `generate`, chosen tokens."""
 

@@ -56,6 +56,17 @@ class ItemTable:
         self._rows: torch.Tensor | None = None
         self._next = 0  # where the round-robin goes on
 
+    @classmethod
+    def from_rows(
+        cls, item_ids: Sequence[str], token_ids: Sequence[Sequence[int]], rows: torch.Tensor, similarity: str
+    ) -> "ItemTable":
+        """A table of rows encoded before, `(N, d)`; `token_ids` is kept as it is and may make prompts when asked."""
+        table = cls(item_ids, (), similarity, rows.device)
+        if not len(item_ids) == len(token_ids) == len(rows):
+            raise UserError(f"{len(item_ids)} item ids, but {len(rows)} rows; encode the table for this catalogue.")
+        table.token_ids, table._rows = token_ids, rows  # type: ignore[assignment]
+        return table
+
     def __len__(self) -> int:
         return len(self.item_ids)
 
@@ -78,7 +89,7 @@ class ItemTable:
 
     @property
     def text_hash(self) -> str:
-        """SHA-256 (hex) over ids and prompts: equal only for the same catalogue under the same prompt and tokenizer."""
+        """SHA-256 (hex) over ids and prompts: equal for the same catalogue under the same prompt and tokenizer."""
         digest = hashlib.sha256()
         for item_id, ids in zip(self.item_ids, self.token_ids, strict=True):
             digest.update(json.dumps([item_id, ids]).encode())
@@ -115,9 +126,15 @@ class ItemTable:
         return normalise(states, self.similarity)
 
     def next_slice(self, token_budget: int) -> list[int]:
-        """The next rows in round-robin order whose prompts take at most `token_budget` tokens (all, at most)."""
+        """
+        The next rows in round-robin order whose prompts take at most `token_budget` tokens (all, at most). Of a budget
+        above 0 at least one: a prompt longer than it would hold up the round for good.
+        """
         rows: list[int] = []
-        while len(rows) < len(self) and (token_budget := token_budget - len(self.token_ids[self._next])) >= 0:
+        while token_budget > 0 and len(rows) < len(self):
+            token_budget -= len(self.token_ids[self._next])
+            if token_budget < 0 and rows:
+                break
             rows.append(self._next)
             self._next = (self._next + 1) % len(self)
         return rows
@@ -140,8 +157,9 @@ class ItemTable:
             [`UserError`]: when there are none, or they belong to another catalogue, prompt or similarity.
         """
         folder = Path(folder)
-        if not (folder / "item_table.json").is_file():
-            raise UserError(f"{folder} holds no item table (item_table.json); encode the catalogue and save it.")
+        for name in ("item_table.json", "item_table.safetensors"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder} holds no item table ({name}); encode the catalogue and save it.")
         meta = json.loads((folder / "item_table.json").read_text())
         if meta["text_hash"] != self.text_hash or meta["similarity"] != self.similarity:
             raise UserError(
