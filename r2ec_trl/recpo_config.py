@@ -44,7 +44,10 @@ class RecommendationArguments:
     use_times: bool = field(default=True, metadata={"help": "Show how long ago purchases were, where known."})
     similarity: str = field(
         default="cosine",
-        metadata={"help": "Score of an item: 'cosine' or 'dot' of answer state and row.", "choices": ["cosine", "dot"]},
+        metadata={
+            "help": "Score of an item: 'cosine' or 'dot' of answer state and row.",
+            "choices": ["cosine", "dot"],
+        },
     )
     item_temperature: float = field(default=0.02, metadata={"help": "τ of the item softmax (M2, M6, M8)."})
     max_eval_users: int | None = field(
@@ -190,6 +193,13 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
                 "`advantage='rloo'` with `scale_rewards="
                 f"{self.scale_rewards!r}` would divide RLOO by the standard deviation; add `--scale_rewards none`."
             )
+        if self.advantage == "rloo" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise UserError(
+                f"`advantage='rloo'` with `multi_objective_aggregation={self.multi_objective_aggregation!r}` would "
+                "divide each reward by its standard deviation; leave that flag out."
+            )
+        if self.remove_unused_columns:
+            raise UserError("`remove_unused_columns` would drop the users' targets; leave it False.")
         if not 0 <= self.reward_mix <= 1:
             raise UserError(f"`reward_mix` is {self.reward_mix}; it must lie between 0 and 1 (paper: 0.05).")
         if self.reward_cutoff < 1:
