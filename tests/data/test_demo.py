@@ -1,5 +1,6 @@
 """The generated shop, its oracle, the judge of reasonings, and the policy that ships with the package."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r2ec_trl.answer_state import add_answer_state, encode_states
@@ -31,7 +33,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import evaluate_users, make_encoder, make_table
 from r2ec_trl.items.scoring import normalise
 from r2ec_trl.metrics import ndcg_at_k
-from r2ec_trl.prompts import Prompts
+from r2ec_trl.prompts import PromptConfig, Prompts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -267,3 +269,9 @@ def test_the_recipe_refuses_what_cannot_work(recipe, tmp_path):
         recipe.main(["--output", str(tmp_path)])
     with pytest.raises(UserError, match="sum to 1"):
         recipe.main(["--output", str(tmp_path / "x"), "--habits", "0.5", "0.1", "0.1"])
+
+
+def test_the_demo_config_has_the_prompts_the_policy_was_made_with():
+    config = yaml.safe_load((RECIPES / "configs" / "demo.yaml").read_text())
+    names = {field.name for field in dataclasses.fields(PromptConfig)}
+    assert PromptConfig(**{name: value for name, value in config.items() if name in names}) == DEMO_PROMPTS
