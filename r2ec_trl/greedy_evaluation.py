@@ -14,6 +14,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import evaluate_users, make_encoder, summarise_users
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.prompts import Prompts
+from r2ec_trl.rollouts import Rollout
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -47,6 +48,10 @@ class GreedyEvaluation(_Base):
         ):
             yield model
 
+    def _greedy_rollouts(self, prompt_ids: list[list[int]]) -> list[Rollout] | None:
+        """Greedy rollouts from elsewhere (vLLM), called on every process; `None`: the frozen policy generates them."""
+        return None
+
     def evaluate_frame(self, dataset: Dataset, reasoning: str | None = None) -> pl.DataFrame:
         """
         One row a user, see [`~r2ec_trl.evaluation.evaluate_users`]; the table is re-encoded with the current weights
@@ -55,9 +60,12 @@ class GreedyEvaluation(_Base):
         was_training = self.model.training
         self.model.eval()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = range(rank, len(dataset), world)
+        rollouts = None
+        if (reasoning or self.reasoning) != "none":
+            rollouts = self._greedy_rollouts([self.prompts.user_ids(user) for user in dataset.select(mine)])
         with self._frozen_policy() as model:
             self.table.refresh(make_encoder(model, self.prompts, self.args.forward_token_budget))
-            mine = range(rank, len(dataset), world)
             frames = []
             if len(mine):
                 frame = evaluate_users(
@@ -69,6 +77,7 @@ class GreedyEvaluation(_Base):
                     temperature=self.args.item_temperature,
                     reasoning=reasoning or self.reasoning,
                     token_budget=self.args.forward_token_budget,
+                    rollouts=rollouts,
                 )
                 frames = [frame.with_columns(row=pl.Series(list(mine)))]
         self.model.train(was_training)

@@ -108,6 +108,20 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     vllm_importance_sampling_mode: str = field(
         default="token_truncate", metadata={"help": "TRL's mode of that correction, per token here."}
     )
+    vllm_lora_sync: bool = field(
+        default=False,
+        metadata={
+            "help": "Send vLLM the LoRA adapter alone after each update instead of all weights, merged. For servers "
+            "(no NCCL) and where pushing whole weights is slow; not for full fine-tuning."
+        },
+    )
+    vllm_lora_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the adapter on its way to vLLM; one that a server on another machine sees too. By "
+            "default in memory (/dev/shm)."
+        },
+    )
 
     reward_mix: float = field(default=0.05, metadata={"help": "β of the fused reward: R = β R_c + (1-β) R_d (M3)."})
     reward_cutoff: int = field(default=1000, metadata={"help": "k of NDCG@k and Hit@k in the rewards (M1)."})

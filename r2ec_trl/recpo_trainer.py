@@ -28,6 +28,7 @@ from r2ec_trl.prompts import Prompts
 from r2ec_trl.recpo_config import RecPOConfig
 from r2ec_trl.rewards import checked_reward, load_reward
 from r2ec_trl.rollouts import MarkerReader, Rollout, stop_generate_at_marker
+from r2ec_trl.vllm_sync import vllm_backend
 
 logger = logging.getLogger(__name__)
 
@@ -108,22 +109,20 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
             raise UserError(
                 f"RecPOTrainer takes no `{clash[0]}`: a rollout is the policy's own words; use GRPOTrainer."
             )
-        if args.use_vllm:
-            stops = {"stop": [args.marker], "include_stop_str_in_output": True}
-            args.generation_kwargs = {**(args.generation_kwargs or {}), **stops}
         # TRL tells truncation by a last end-of-sequence id, which no rollout of ours has: taken over in `_generate`
         self._mask_truncated, args.mask_truncated_completions = args.mask_truncated_completions, False
-        super().__init__(
-            model=model,
-            reward_funcs=self._resolve_rewards(reward_funcs, args),
-            args=args,
-            train_dataset=self._with_prompts(train_dataset),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        with vllm_backend(self, args):
+            super().__init__(
+                model=model,
+                reward_funcs=self._resolve_rewards(reward_funcs, args),
+                args=args,
+                train_dataset=self._with_prompts(train_dataset),
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                peft_config=peft_config,
+                **kwargs,
+            )
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_answer_state(base_model)
@@ -195,6 +194,11 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
         self._rollouts, self._prompt_ids = rollouts, prompt_ids
         self._log_rollouts(rollouts)
         return prompt_ids, [r.ids for r in rollouts], tool_mask, completions, logprobs, *rest
+
+    def _greedy_rollouts(self, prompt_ids: list[list[int]]) -> list[Rollout] | None:
+        if not self.use_vllm:
+            return None
+        return self.vllm_generation.greedy(self.reader, prompt_ids, self.args.max_completion_length)
 
     def _log_rollouts(self, rollouts: list[Rollout]) -> None:
         """Missing markers, overflowing ones, and TRL's truncation figures, which look for an end-of-sequence id."""
@@ -411,7 +415,8 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
         series = self._metrics["train"]
         if self.model.training and series.get("step_time"):
             steps = len(series["step_time"])
-            parts = {part: sum(series[f"time/{part}"]) / steps for part in ("generate", "score", "items")}
+            parts = {part: sum(series[f"time/{part}"]) / steps for part in ("generate", "sync", "score", "items")}
+            parts["generate"] -= parts["sync"]  # TRL gives vLLM the weights inside
             parts["train"] = sum(series["step_time"]) / steps - sum(parts.values())
             series.update({f"time/{part}": [seconds] for part, seconds in parts.items()})
         super().log(logs, start_time)
