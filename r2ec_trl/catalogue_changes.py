@@ -1,0 +1,90 @@
+"""Rows to add to or change in a catalogue, brought to its columns and types."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import polars as pl
+import pyarrow as pa
+from datasets import Dataset
+
+from r2ec_trl.errors import UserError
+
+Rows: TypeAlias = "Dataset | pl.DataFrame | Iterable[Mapping[str, Any]]"
+
+
+def new_rows(items: Dataset, new_items: Rows) -> Dataset:
+    """
+    New rows with the catalogue's columns and types; what they leave out is null.
+
+    Raises:
+        [`UserError`]: for an id that is in the catalogue, or twice in the rows, a column that the catalogue has not, a
+        value of another type, or a missing title.
+    """
+    records = _records(items, new_items)
+    known = set(items["item_id"][:])
+    for row in records:
+        if row["item_id"] in known:
+            raise UserError(f"Item {row['item_id']!r} is in the catalogue already; use `update_items` to change it.")
+        if not isinstance(row.get("title"), str):
+            raise UserError(f"Item {row['item_id']!r} has no title; every item needs one.")
+    return _dataset(items, records)
+
+
+def with_changes(items: Dataset, rows: Rows) -> tuple[Dataset, list[int]]:
+    """
+    The catalogue with columns of some items changed, and the numbers of those rows.
+
+    Raises:
+        [`UserError`]: for an id that is not in the catalogue, and as [`new_rows`] does.
+    """
+    changes = {row["item_id"]: row for row in _records(items, rows)}
+    index = {item_id: row for row, item_id in enumerate(items["item_id"][:])}
+    for item_id, row in changes.items():
+        if item_id not in index:
+            raise UserError(f"Item {item_id!r} is not in the catalogue; use `add_items` to add it.")
+        if "title" in row and not isinstance(row["title"], str):
+            raise UserError(f"Item {item_id!r} would lose its title; every item needs one.")
+    touched = sorted(index[item_id] for item_id in changes)
+    records = [{**items[row], **changes[items[row]["item_id"]]} for row in touched]
+    table = items.with_format("arrow")[:]
+    fresh = _dataset(items, records).with_format("arrow")[:].cast(table.schema)
+    order = list(range(len(items)))
+    for position, number in enumerate(touched):
+        order[number] = len(items) + position
+    return Dataset(pa.concat_tables([table, fresh]).take(order)), touched
+
+
+def _records(items: Dataset, rows: Rows) -> list[dict[str, Any]]:
+    if isinstance(rows, Dataset):
+        records = rows.to_list()
+    elif isinstance(rows, pl.DataFrame):
+        records = rows.to_dicts()
+    else:
+        records = [dict(row) for row in rows]
+    if not records:
+        raise UserError("There are no items among the rows; give one at least.")
+    seen = set()
+    for number, row in enumerate(records):
+        item_id = row.get("item_id")
+        if not isinstance(item_id, str) or not item_id:
+            raise UserError(f"Row {number} has no `item_id` (a text); give every row one.")
+        if item_id in seen:
+            raise UserError(f"Item {item_id!r} is given twice; keep one row.")
+        seen.add(item_id)
+        for name in row:
+            if name not in items.column_names:
+                raise UserError(
+                    f"Item {item_id!r}: the catalogue has no column {name!r}; it has {', '.join(items.column_names)}."
+                )
+    return records
+
+
+def _dataset(items: Dataset, records: list[dict[str, Any]]) -> Dataset:
+    schema = items.with_format("arrow")[:0].schema.remove_metadata()
+    columns = []
+    for column in schema:
+        try:
+            columns.append(pa.array([row.get(column.name) for row in records], type=column.type))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise UserError(f"Column {column.name!r} holds {column.type}: {str(error).splitlines()[0]}.") from error
+    return Dataset(pa.Table.from_arrays(columns, schema=schema))
