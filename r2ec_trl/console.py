@@ -48,6 +48,23 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
+def cold_table(cold: Mapping[str, Any]) -> Table:
+    """A table of [`~r2ec_trl.evaluation_report.cold_report`]: targets never trained on apart from the others."""
+    groups = {"cold": "cold targets", "warm": "the others"}
+    present = [group for group in groups if cold[group]["rows"]]
+    table = Table(title="Cold targets: never a target of training", caption="95 % bootstrap interval in brackets")
+    for name in ("history", "metric"):
+        table.add_column(name)
+    for group in present:
+        table.add_column(f"{groups[group]} ({cold[group]['rows']:,})", justify="right")
+    for mask in MASKS:
+        for number, metric in enumerate(cold[present[0]][mask]):
+            cells = [_figure(cold[group][mask][metric]) for group in present]
+            table.add_row("" if number else mask, _metric_name(metric), *cells)
+        table.add_section()
+    return table
+
+
 def _title(result: Mapping[str, Any]) -> str:
     return f"{result['rows']:,} rows of {result['users']:,} users"
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import polars as pl
 import torch
 from datasets import Dataset
@@ -145,3 +146,21 @@ def summarise_users(frame: pl.DataFrame) -> dict[str, float]:
         "reasoning_tokens": float(frame["reasoning_tokens"].sum()) / frame.height,
         "top1_share": int(top.value_counts()["count"].to_numpy().max()) / frame.height,
     }
+
+
+def cold_targets(train: Dataset, dataset: Dataset) -> np.ndarray:
+    """
+    Whether each row's target is a cold item: one that is never a target in `train`, so that no gradient ever asked for
+    it. Its row is as good as the model's reading of its text.
+
+    Args:
+        train ([`~datasets.Dataset`]):
+            The rows that were trained on.
+        dataset ([`~datasets.Dataset`]):
+            The rows to tell apart.
+
+    Returns:
+        `numpy.ndarray` of shape `(len(dataset),)`, bool.
+    """
+    seen = set(train["target"][:])
+    return np.array([target not in seen for target in dataset["target"][:]], dtype=bool)

@@ -91,6 +91,30 @@ def report(
     return result
 
 
+def cold_report(frame: pl.DataFrame, cold: ArrayLike, ks: Sequence[int] = CUTOFFS, seed: int = 0) -> dict[str, Any]:
+    """Figures of cold targets (see [`~r2ec_trl.evaluation.cold_targets`]) apart from those of the others.
+
+    Args:
+        frame (`polars.DataFrame`):
+            One row per example, as for [`report`].
+        cold (array-like of bool):
+            Whether the row's target is cold.
+
+    Returns:
+        `dict`: under `cold` and `warm`: `rows`, and, unless that is 0, `unmasked` and `masked`: metric -> `value`,
+        `low`, `high`.
+    """
+    mask = pl.Series(np.asarray(cold, dtype=bool))
+    result: dict[str, Any] = {}
+    for name, part in (("cold", frame.filter(mask)), ("warm", frame.filter(~mask))):
+        result[name] = {"rows": part.height}
+        if part.height:
+            users = part["user_id"].to_numpy()
+            for kind, column in MASKS.items():
+                result[name][kind] = _figures(part[column].to_numpy(), ks, users, seed)
+    return result
+
+
 def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any], frame: pl.DataFrame) -> None:
     """Write `metrics.json` and `ranks.parquet`, each whole or not at all.
 

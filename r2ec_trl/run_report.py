@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from r2ec_trl.baselines import item_to_item, popularity
-from r2ec_trl.console import comparison_table, report_table
+from r2ec_trl.console import cold_table, comparison_table, report_table
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
-from r2ec_trl.evaluation_report import compare_frames, protocol, report, write_report
+from r2ec_trl.evaluation import cold_targets
+from r2ec_trl.evaluation_report import cold_report, compare_frames, protocol, report, write_report
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.recpo_config import RecommendationArguments
 
@@ -69,7 +70,11 @@ def reasoning_shares(frame: pl.DataFrame, test: Dataset) -> dict[str, float]:
 
 
 def finish_run(
-    trainer: GreedyEvaluation, dataset: DatasetDict, card: Mapping[str, Any], test: Dataset, before: pl.DataFrame | None
+    trainer: GreedyEvaluation,
+    dataset: DatasetDict,
+    card: Mapping[str, Any],
+    test: Dataset,
+    before: pl.DataFrame | None,
 ) -> None:
     """
     Evaluate the trained policy on the test rows, save it with its table, write the figures and print them.
@@ -135,10 +140,12 @@ def write_evaluation(
     """Write and print what recipes/evaluate.py measured: one report of one reasoning mode."""
     facts = protocol(card, settings, seed, split)
     result = {**report(frame, baseline_ranks(dataset, test, card["synthetic"]), facts), **_extras(frame, test)}
+    result["cold_targets"] = cold_report(frame, cold_targets(dataset["train"], test))
     write_report(folder, result, frame)
     console = Console()
     console.print(f"[bold]reasoning: {settings['reasoning']}[/bold]", result["reasoning"])
     console.print(report_table(result))
+    console.print(cold_table(result["cold_targets"]))
 
 
 def _print(
