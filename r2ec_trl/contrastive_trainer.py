@@ -72,10 +72,10 @@ class ContrastiveTrainer(GreedyEvaluation, Trainer):
                 f"{args.per_device_train_batch_size * args.world_size}; lower `per_device_train_batch_size`."
             )
         self.prompts = Prompts(processing_class, args.prompt_config(), item_dataset)
-        disable_dropout_in_model(model)
         add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
+        disable_dropout_in_model(model)  # the adapter's as well, as RecPO does
         if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         self.table = make_table(self.prompts, item_dataset, args.similarity, args.device)
@@ -108,9 +108,7 @@ class ContrastiveTrainer(GreedyEvaluation, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """M8 over the distinct targets of the batch, those of other processes included."""
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], answer_state_only=True
-        )
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], answer_state_only=True)
         targets = inputs["targets"].tolist()
         candidates = sorted(set(gather_object(targets)))
         encoder = make_encoder(self.model, self.prompts, self.args.forward_token_budget)
