@@ -1,13 +1,24 @@
 """Settings: what every recipe shares about prompts and scoring, and RecPO's own on top of TRL's GRPO."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import GRPOConfig
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.prompts import ITEM_TEMPLATE, USER_TEMPLATE, PromptConfig
+
+PROMPT_PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {  # what the released adapters were trained with (METHOD §6)
+        "marker": "<answer>",
+        "item_fields": ["title", "average_rating", "rating_number", "description"],
+        "similarity": "cosine",
+        "item_temperature": 0.02,
+    }
+}
 
 
 @dataclass
@@ -18,6 +29,14 @@ class RecommendationArguments:
     The prompt fields are [`~r2ec_trl.prompts.PromptConfig`]'s; see each field's help for the rest.
     """
 
+    prompt_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "'reference': marker, item fields (with the rating and number of buyers, which leak the future), "
+            "similarity and τ of the released adapters. Fields set to anything but their defaults win.",
+            "choices": sorted(PROMPT_PRESETS),
+        },
+    )
     category: str | None = field(
         default=None,
         metadata={"help": "Singular words for an item, e.g. 'video game'. By default the dataset card's."},
@@ -60,6 +79,20 @@ class RecommendationArguments:
     forward_token_budget: int = field(
         default=16_384, metadata={"help": "Most tokens (padding included) of one forward without gradient."}
     )
+
+    def __post_init__(self) -> None:
+        self._apply_prompt_preset()
+        getattr(super(), "__post_init__", lambda: None)()  # TRL's and transformers' own, where they are parents
+
+    def _apply_prompt_preset(self) -> None:
+        if self.prompt_preset is None:
+            return
+        if self.prompt_preset not in PROMPT_PRESETS:
+            raise UserError(f"`prompt_preset` is {self.prompt_preset!r}; give one of {', '.join(PROMPT_PRESETS)}.")
+        plain = RecommendationArguments()
+        for name, value in PROMPT_PRESETS[self.prompt_preset].items():
+            if getattr(self, name) == getattr(plain, name):
+                setattr(self, name, copy.copy(value))
 
     def prompt_config(self) -> PromptConfig:
         """The [`~r2ec_trl.prompts.PromptConfig`] of these arguments."""
