@@ -130,8 +130,8 @@ def _check_quantized(quantizer: Any, args: RecPOConfig) -> None:
         )
     if args.vllm_mode == "server" and args.vllm_lora_sync:
         raise UserError(
-            "`vllm_lora_sync` leaves the server its own unquantised base, which is not the 4-bit one trained here; use "
-            "`--vllm_mode colocate`, or load the base unquantised."
+            "`vllm_lora_sync` leaves the server its own unquantised base, which is not the 4-bit one trained here; "
+            "use `--vllm_mode colocate`, or load the base unquantised."
         )
 
 
@@ -238,12 +238,14 @@ def check_server(base_url: str, model_name: str, needed_length: int, wait: float
     if length is not None and length < needed_length:
         raise UserError(
             f"The vLLM server at {base_url} takes {length} tokens, but prompt and reasoning need "
-            f"{needed_length}; restart it with `--max-model-len {needed_length}`, or lower `max_prompt_length` or `max_completion_length`."
+            f"{needed_length}; restart it with `--max-model-len {needed_length}`, or lower `max_prompt_length` or "
+            "`max_completion_length`."
         )
     if hot_load and not _answers(f"{base_url}/v1/load_lora_adapter"):
         raise UserError(
             f"The vLLM server at {base_url} takes no adapters; restart it with "
-            f"`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {model_name} --enable-lora`, or leave `--vllm_lora_sync` out."
+            f"`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {model_name} --enable-lora`, or leave "
+            "`--vllm_lora_sync` out."
         )
 
 

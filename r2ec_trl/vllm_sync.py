@@ -23,6 +23,7 @@ from trl.trainer import grpo_trainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.rollouts import MarkerReader, Rollout
+from r2ec_trl.vllm_engine import marker_stop
 from r2ec_trl.vllm_guards import check_installed, check_model, check_server, check_settings, kernel_rank
 
 if TYPE_CHECKING:
@@ -31,16 +32,6 @@ if TYPE_CHECKING:
 
 MEMORY_FOLDER = "/dev/shm"  # files here are memory; the usual temporary folder where there is none
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 1800.0  # seconds; a request to a server may hold a whole generation batch
-
-
-def marker_stop(marker: str) -> dict[str, Any]:
-    """Sampling parameters with which vLLM ends a rollout where [`~r2ec_trl.rollouts.MarkerReader`] does."""
-    return {
-        "stop": [marker],
-        "include_stop_str_in_output": True,
-        "skip_special_tokens": False,  # a marker may be one, and MarkerReader reads them too
-        "spaces_between_special_tokens": False,
-    }
 
 
 @contextmanager
@@ -293,7 +284,7 @@ class AdapterSync(MergedSync):
         if response.status_code != 200:
             raise UserError(
                 f"The vLLM server at {self.base_url} refused `{action}` ({' '.join(response.text.split())[:300]}); "
-                "it must see `--vllm_lora_folder`, and run with `--enable-lora` and a `--max-lora-rank` that is large enough."
+                "it must see `--vllm_lora_folder`, and run with `--enable-lora` and a large enough `--max-lora-rank`."
             )
 
 
