@@ -1,4 +1,10 @@
-"""From raw sources to a dataset folder (`schema`), by way of `splits` and `audit`; names are loaded on first use."""
+"""
+From raw sources to a dataset folder; names are loaded on first use.
+
+An importer (`amazon`, `movielens`, `recbole`, `tabular`) gives a `source`: interactions and items. `pipeline` filters
+and orders them (`events`, `catalogue`), splits them (`splits`), cuts the windows (`rows`) and cleans the item text
+(`text`). `sequences` reads what is split already. `schema` is the dataset folder; `audit` says what is in one.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -11,6 +17,18 @@ _HOMES = {
     "save_dataset_folder": "schema",
     "validate_dataset": "schema",
     "import_sequences": "sequences",
+    "import_amazon": "amazon",
+    "import_movielens": "movielens",
+    "import_recbole": "recbole",
+    "import_table": "tabular",
+    "Source": "source",
+    "SplitRule": "splits",
+    "Filters": "pipeline",
+    "ItemFilter": "catalogue",
+    "prepare": "pipeline",
+    "audit_dataset": "audit",
+    "check_folder": "audit",
+    "prompt_lengths": "audit",
     "cut_dataset": "cut",
 }
 __all__ = list(_HOMES)

@@ -1,4 +1,4 @@
-"""Amazon Reviews 2023: any category, raw or benchmark files, from the hub, from the authors' server or from a folder."""
+"""Amazon Reviews 2023: any category, raw or benchmark files, from the hub, the authors' server or a folder."""
 
 from __future__ import annotations
 
@@ -109,27 +109,36 @@ def locate(
     for candidate in (name, f"{name}.gz", plain.name, f"{plain.name}.gz", f"{stem}.parquet"):
         if (folder / candidate).is_file():
             return folder / candidate
-    raise UserError(f"'{folder}' has no {plain.name} (nor .gz, nor {stem}.parquet, nor {name}): check --input and --reviews.")
+    raise UserError(
+        f"'{folder}' has no {plain.name} (nor .gz, nor {stem}.parquet, nor {name}): check --input and --reviews."
+    )
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return Path(hf_hub_download(HUB, name, repo_type="dataset"))
     except LocalEntryNotFoundError as error:
-        raise UserError(f"The hub cannot be reached for {name}: try --input authors, or a folder of the files.") from error
+        raise UserError(
+            f"The hub cannot be reached for {name}: try --input authors, or a folder of the files."
+        ) from error
     except EntryNotFoundError as error:
         raise UserError(f"{HUB} on the hub has no {name}: check --amazon_category and --reviews.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"The hub gives no {name} ({cause}): try --input authors, or a folder of the files.") from error
+        raise UserError(
+            f"The hub gives no {name} ({cause}): try --input authors, or a folder of the files."
+        ) from error
 
 
-def _read_metadata(
-    path: Path, wanted: pl.Series, skipped: Counter[str] | None, dropped: Counter[str]
-) -> pl.DataFrame:
+def _read_metadata(path: Path, wanted: pl.Series, skipped: Counter[str] | None, dropped: Counter[str]) -> pl.DataFrame:
     """The metadata of the items that occur, block by block: a category's whole metadata may not fit into memory."""
     kept = []
     for frame in _metadata_blocks(path, skipped):

@@ -48,7 +48,8 @@ def read_table(
     skipped: Counter[str] | None = None,
 ) -> Iterator[pl.DataFrame]:
     """
-    Frames of chosen columns of any table file, told by its name: `.csv`, `.tsv`, `.jsonl` (each also `.gz`), `.parquet`.
+    Frames of chosen columns of any table file, told by its name: `.csv`, `.tsv`, `.jsonl` (each also `.gz`) or
+    `.parquet`.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -109,7 +110,7 @@ def _without_absent(
 
 def _parquet_schema(path: str | os.PathLike[str]) -> pl.Schema:
     try:
-        return pl.scan_parquet(path).collect_schema()
+        return pl.scan_parquet(Path(path), glob=False).collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}).") from error
 
@@ -117,7 +118,11 @@ def _parquet_schema(path: str | os.PathLike[str]) -> pl.Schema:
 def _read_parquet(path: str | os.PathLike[str], columns: Mapping[str, str], optional: Sequence[str]) -> pl.DataFrame:
     chosen = _chosen(columns, list(_parquet_schema(path)), optional, path)
     try:
-        return number_rows(pl.scan_parquet(path).select(**{name: pl.col(at) for name, at in chosen.items()}).collect())
+        return number_rows(
+            pl.scan_parquet(Path(path), glob=False)
+            .select(**{name: pl.col(at) for name, at in chosen.items()})
+            .collect()
+        )
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}): fetch the file again.") from error
 

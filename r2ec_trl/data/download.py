@@ -51,7 +51,9 @@ def download(
             fault = "the connection broke"
         except urllib.error.HTTPError as error:
             if error.code < 500:
-                raise UserError(f"{url} cannot be fetched ({error.code} {error.reason}): check category and URL.") from error
+                raise UserError(
+                    f"{url} cannot be fetched ({error.code} {error.reason}): check category and URL."
+                ) from error
             fault = f"{error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
             fault = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__

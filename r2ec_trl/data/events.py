@@ -74,21 +74,9 @@ def sort_events(source: Source, tie_break: str = "hash") -> Events:
         time=pl.col("timestamp"),
         **{name: pl.col(name) for name in ("rating", "split") if name in frame.columns},
     )
-    tied = _tied(coded)
-    if tie_break == "file":
-        keys = ["user", "time"]
-    elif tie_break == "item" or not tied.any():
-        keys = ["user", "time", "item"]
-    else:
-        user_hash, item_hash = text_hashes(user_ids), text_hashes(item_ids)
-        tie = np.zeros(len(coded), np.uint64)
-        users, items = (coded[name].to_numpy()[tied] for name in ("user", "item"))
-        tie[tied] = mix(mix(user_hash[users]) ^ item_hash[items])
-        coded = coded.with_columns(tie=pl.Series(tie))
-        keys = ["user", "time", "tie", "item"]
+    coded = coded.sort(["user", "time"], maintain_order=True)
     if tie_break != "file":
-        keys += [name for name in ("rating", "split") if name in coded.columns]
-    coded = coded.sort(keys, maintain_order=tie_break == "file")
+        coded = _order_ties(coded, user_ids, item_ids, tie_break)
     return Events(
         user=coded["user"].to_numpy(),
         item=coded["item"].to_numpy(),
@@ -101,19 +89,34 @@ def sort_events(source: Source, tie_break: str = "hash") -> Events:
     )
 
 
-def _tied(coded: pl.DataFrame) -> np.ndarray:
-    """Where another interaction of the user has the same time."""
-    return coded.select(pl.struct("user", "time").is_duplicated()).to_series().to_numpy()
+def _order_ties(coded: pl.DataFrame, user_ids: pl.Series, item_ids: pl.Series, tie_break: str) -> pl.DataFrame:
+    """Order the runs of the same user and time among themselves, so that the order of the file does not matter."""
+    user, item, time = (coded[name].to_numpy() for name in ("user", "item", "time"))
+    same = np.r_[False, (user[1:] == user[:-1]) & (time[1:] == time[:-1])]
+    tied = np.flatnonzero(same | np.r_[same[1:], False])
+    if not len(tied):
+        return coded
+    part = coded[tied].with_columns(run=pl.Series(np.cumsum(~same)[tied]))
+    keys = ["run", "item", *(name for name in ("rating", "split") if name in coded.columns)]
+    if tie_break == "hash":
+        user_hash, item_hash = text_hashes(user_ids), text_hashes(item_ids)
+        part = part.with_columns(tie=pl.Series(mix(mix(user_hash[user[tied]]) ^ item_hash[item[tied]])))
+        keys.insert(1, "tie")
+    part = part.sort(keys).select(coded.columns)
+    places = np.arange(len(coded))
+    places[tied] = len(coded) + np.arange(len(tied))
+    return pl.concat([coded, part])[places]
 
 
 def drop_repeats(events: Events, repeats: str, dropped: Counter[str]) -> Events:
     """
-    Drop exact duplicates (user, item and time), and of the same item bought again by the same user keep all
-    (`"keep"`), the `"first"` or the `"last"`.
+    Drop duplicates (same user, item and second; the first stays), and of the same item bought again by the same user
+    keep all (`"keep"`), the `"first"` or the `"last"`.
     """
-    frame = pl.DataFrame({"user": events.user, "item": events.item, "time": events.time})
-    first = frame.select(pl.struct("user", "item", "time").is_first_distinct()).to_series().to_numpy()
-    dropped["duplicate of user, item and time"] += int(len(first) - first.sum())
+    second = events.time // events.ticks_per_second
+    frame = pl.DataFrame({"user": events.user, "item": events.item, "second": second})
+    first = frame.select(pl.struct("user", "item", "second").is_first_distinct()).to_series().to_numpy()
+    dropped["duplicate of user, item and second"] += int(len(first) - first.sum())
     events, frame = events.keep(first), frame.filter(pl.Series(first))
     if repeats != "keep":
         pair = pl.struct("user", "item")
@@ -198,4 +201,3 @@ def parse_date(text: str | None, flag: str) -> datetime.datetime | None:
     except ValueError as error:
         raise UserError(f"{flag} {text!r} is no date such as 2022-10-01.") from error
     return date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)
-

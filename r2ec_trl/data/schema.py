@@ -34,7 +34,7 @@ _OPTIONAL = {
     "history_timestamps": "list of whole seconds",
     "timestamp": "whole seconds",
 }
-_BATCH_ROWS = 100_000
+_BATCH_ROWS = 500_000
 
 
 def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:

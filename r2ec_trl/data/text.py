@@ -30,7 +30,7 @@ def item_text(items: pl.DataFrame, fields: Sequence[str] | None, max_words: int 
             Fields besides the title, in the order the prompts show them. All, in the order of the source, by
             default, except those that leak the future.
         max_words (`int`, *optional*):
-            Words kept of each field; no limit by default.
+            Words kept of each field besides the title; no limit by default.
     """
     known = [name for name in items.columns if name not in ("item_id", "title")]
     if fields is None:
@@ -43,39 +43,39 @@ def item_text(items: pl.DataFrame, fields: Sequence[str] | None, max_words: int 
     for name in chosen:
         if name in FUTURE_FIELDS:
             logger.warning("Item field %s was crawled after the split and leaks the future into item text.", name)
-    kinds = items.schema
-    columns = [clean_text(_as_string(name, kinds[name]), max_words).alias(name) for name in ("title", *chosen)]
-    return items.select("item_id", *columns)
+    limits = {name: None if name == "title" else max_words for name in ("title", *chosen)}
+    columns = [clean_text(_as_string(items[name]), limit) for name, limit in limits.items()]
+    return items.select("item_id").with_columns(*columns)
 
 
-def clean_text(text: pl.Expr, max_words: int | None = None) -> pl.Expr:
+def clean_text(text: pl.Series, max_words: int | None = None) -> pl.Series:
     """Text without tags, entities and runs of blanks; an empty one becomes null. Cleaning twice changes nothing."""
-    cleaned = _collapse(text)
-    markup = cleaned.str.contains(_ENTITY) | cleaned.str.contains("<", literal=True)
-    slow = pl.when(markup).then(cleaned).map_batches(_without_markup, return_dtype=pl.String)
-    cleaned = pl.when(markup).then(slow).otherwise(cleaned)
+    cleaned = _without_markup(_collapse(text))
+    column = pl.col(cleaned.name)
     if max_words is not None:
-        cleaned = cleaned.str.split(" ").list.head(max_words).list.join(" ")
-    return pl.when(cleaned != "").then(cleaned)
+        column = column.str.split(" ").list.head(max_words).list.join(" ")
+    return cleaned.to_frame().select(pl.when(column != "").then(column)).to_series()
 
 
-def _collapse(text: pl.Expr) -> pl.Expr:
+def _collapse(text: pl.Series) -> pl.Series:
     return text.str.replace_all(_INVISIBLE, "").str.replace_all(_BLANKS, " ").str.strip_chars(" ")
 
 
 def _without_markup(text: pl.Series) -> pl.Series:
-    """Tags out and entities resolved until nothing changes: shops escape twice."""
-    while True:
-        plain = text.str.replace_all(_TAG, " ")
-        plain = pl.Series(text.name, [None if one is None else html.unescape(one) for one in plain], dtype=pl.String)
-        plain = plain.to_frame("text").select(_collapse(pl.col("text")))["text"]
-        if plain.equals(text, null_equal=True):
-            return plain
-        text = plain
+    """Tags out and entities resolved until nothing changes, as shops escape twice; only where there is any."""
+    places = (text.str.contains(_ENTITY) | text.str.contains("<", literal=True)).arg_true()
+    if not len(places):
+        return text
+    old = text.gather(places)
+    plain = [None if one is None else html.unescape(one) for one in old.str.replace_all(_TAG, " ").to_list()]
+    new = _collapse(pl.Series(text.name, plain, dtype=pl.String))
+    changed = (new != old).arg_true()
+    if not len(changed):
+        return text
+    return text.scatter(places.gather(changed), _without_markup(new.gather(changed)))
 
 
-def _as_string(name: str, kind: pl.DataType) -> pl.Expr:
-    column = pl.col(name)
-    if isinstance(kind, pl.List):
+def _as_string(column: pl.Series) -> pl.Series:
+    if isinstance(column.dtype, pl.List):
         return column.list.eval(pl.element().cast(pl.String)).list.drop_nulls().list.join(" ")
     return column.cast(pl.String)

@@ -12,7 +12,7 @@ from r2ec_trl.errors import UserError
 
 
 def cleaned(text, max_words=None):
-    return pl.select(clean_text(pl.lit(text, dtype=pl.String), max_words)).item()
+    return clean_text(pl.Series("text", [text], dtype=pl.String), max_words).item()
 
 
 @pytest.mark.parametrize(
