@@ -1,0 +1,245 @@
+"""
+The same numbers on one process and on two, plain, under DDP and under every ZeRO stage: loss, gradients and parameters
+after two SGD steps from replayed rollouts (tests/distributed_worker.py runs a case).
+
+    python -m pytest -m distributed tests/test_distributed.py                     # every value of every factor, in pairs
+    WHOLE_MATRIX=1 python -m pytest -m distributed tests/test_distributed.py      # all of it
+"""
+
+import functools
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parent.parent
+WORKER = Path(__file__).parent / "distributed_worker.py"
+TOLERANCE = 1e-5
+ROLLOUTS, GENERATIONS = 40, 8  # 20 rollouts a process: the middle one of five groups straddles two processes
+TRAIN_ROWS = [3, 7, 11, 2, 35, 0, 1, 5, 6, 32]  # two batches; the first and the last user of each share a target
+ENGINES = ("plain", "zero1", "zero2", "zero3")
+PAIRS = [  # engine, processes, accumulation, weights: every pair of values occurs
+    ("plain", 1, 2, "full"),
+    ("plain", 1, 4, "lora"),
+    ("plain", 2, 1, "full"),
+    ("plain", 2, 2, "lora"),
+    ("zero1", 1, 1, "lora"),
+    ("zero1", 2, 4, "full"),
+    ("zero1", 2, 2, "lora"),
+    ("zero2", 2, 1, "full"),
+    ("zero2", 1, 4, "lora"),
+    ("zero2", 2, 2, "lora"),
+    ("zero3", 2, 4, "lora"),
+    ("zero3", 1, 2, "full"),
+]
+if os.environ.get("WHOLE_MATRIX"):
+    PAIRS = list(itertools.product(ENGINES, (1, 2), (1, 2, 4), ("lora", "full")))
+VARIANTS = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "options": {
+        "item_negatives": "catalogue",
+        "item_credit": "all",
+        "advantage": "rloo",
+        "scale_rewards": "none",
+        "num_iterations": 2,
+        "max_steps": 4,
+        "mask_truncated_completions": True,
+        "mask_history": True,
+    },
+}
+VARIANT_RUNS = [  # engine, processes, accumulation, weights, variant
+    ("plain", 2, 2, "lora", "checkpointing"),
+    ("plain", 2, 1, "full", "options"),
+    ("zero2", 2, 2, "lora", "checkpointing"),
+    ("zero3", 1, 2, "full", "checkpointing"),
+    ("zero3", 2, 1, "lora", "options"),
+]
+SETTINGS = {
+    "num_generations": GENERATIONS,
+    "max_steps": 2,
+    "max_completion_length": 8,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "item_temperature": 0.2,
+    "item_coef": 3.0,
+    "user_template": "Bought:\n{history}\nNext {category} after {marker}?",
+    "item_template": "{fields}",
+    "item_fields": ["title"],
+    "shuffle_dataset": False,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "logging_steps": 1,
+    "watch_steps": 0,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launch_words(engine: str, processes: int) -> list[str]:
+    """The command line that starts a script under an engine on so many processes, without a GPU."""
+    if engine == "plain" and processes == 1:
+        return [sys.executable]
+    if engine == "plain":
+        words = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+        return [sys.executable, *words]
+    config = ROOT / "accelerate_configs" / f"{engine}.yaml"
+    words = ["-m", "accelerate.commands.launch", f"--config_file={config}", f"--num_processes={processes}"]
+    return [sys.executable, *words, f"--main_process_port={free_port()}", "--num_machines=1", "--machine_rank=0"]
+
+
+def launch(engine: str, processes: int, script: Path, *words: str, timeout: float = 300, check: bool = True):
+    """Run a script under an engine; its output is shown when it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if engine == "plain":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(
+        [*launch_words(engine, processes), str(script), *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check and done.returncode:
+        pytest.fail(f"{engine} on {processes}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tiny_model, tmp_path_factory):
+    """A LoRA adapter with random weights of the tiny Llama, on disk: every process starts from the same one."""
+    path = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(tiny_model("llama"), lora).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_cases(tiny_model_folder, shop_folder, adapter_folder, tmp_path_factory):
+    """`run_cases(engine, processes, cases)` trains each case, all in one launch, and returns the worker's records."""
+
+    def run(engine, processes, cases):
+        folder = tmp_path_factory.mktemp(f"{engine}-{processes}")
+        written = []
+        for number, case in enumerate(cases):
+            accumulation, rows = case.get("accumulation", 1), case.get("rows", ROLLOUTS)
+            settings = {
+                **SETTINGS,
+                "output_dir": str(folder / f"run{number}"),
+                "per_device_train_batch_size": rows // processes // accumulation,
+                "gradient_accumulation_steps": accumulation,
+                **case.get("settings", {}),
+            }
+            written.append(
+                {
+                    "trainer": case.get("trainer", "recpo"),
+                    "model": str(tiny_model_folder("llama")),
+                    "dataset": str(shop_folder),
+                    "adapter": str(adapter_folder) if case["weights"] == "lora" else None,
+                    "train_rows": case.get("train_rows", TRAIN_ROWS),
+                    "output": str(folder / f"result{number}.pt"),
+                    "evaluate": case.get("evaluate", False),
+                    "settings": settings,
+                }
+            )
+        (folder / "cases.json").write_text(json.dumps(written))
+        launch(engine, processes, WORKER, str(folder / "cases.json"), timeout=120 + 60 * len(cases))
+        return [torch.load(case["output"], weights_only=False) for case in written]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def results(run_cases):
+    """`results(engine, processes)`: (accumulation, weights, variant) → record, of all that is tested, in one launch."""
+
+    @functools.cache
+    def get(engine, processes):
+        runs = [*[(*pair, None) for pair in PAIRS], *VARIANT_RUNS]
+        wanted = [run[2:] for run in runs if run[:2] == (engine, processes)]
+        if (engine, processes) == ("plain", 1):  # the reference: one process, one micro-batch a step, no engine
+            wanted += [(1, weights, variant) for weights in ("lora", "full") for variant in (None, "options")]
+        wanted = list(dict.fromkeys(wanted))
+        cases = [
+            {"accumulation": accumulation, "weights": weights, "settings": VARIANTS.get(variant, {})}
+            for accumulation, weights, variant in wanted
+        ]
+        return dict(zip(wanted, run_cases(engine, processes, cases), strict=True))
+
+    return get
+
+
+def distance(one: dict, other: dict) -> float:
+    """Largest relative difference (in the 2-norm) of two runs' tensors of one kind."""
+    assert one.keys() == other.keys()
+    scale = max(value.norm().item() for value in other.values())
+    return max(
+        ((one[name] - other[name]).norm() / max(other[name].norm().item(), 1e-3 * scale)).item() for name in other
+    )
+
+
+def assert_engine(result, engine, processes):
+    names = {"plain": "DistributedDataParallel" if processes > 1 else None}
+    expected = names.get(engine, "DeepSpeedEngine")
+    if expected is not None:
+        assert result["engine"] == expected
+    else:
+        assert result["engine"] in ("LlamaForCausalLM", "PeftModelForCausalLM")
+    assert result["stage"] == (None if engine == "plain" else int(engine[-1]))
+    assert result["processes"] == processes
+
+
+def assert_same_numbers(result, expected):
+    loss = ((result["loss"] - expected["loss"]).abs() / expected["loss"].abs()).max().item()
+    gradients = max(map(distance, result["gradients"], expected["gradients"]))
+    parameters = distance(result["parameters"], expected["parameters"])
+    print(f"relative difference: loss {loss:.1e}, gradients {gradients:.1e}, parameters {parameters:.1e}")
+    assert max(loss, gradients, parameters) < TOLERANCE
+    assert len(result["gradients"]) == len(expected["gradients"]) == result["logs"][-1]["step"]
+
+
+@pytest.mark.parametrize(("engine", "processes", "accumulation", "weights"), PAIRS)
+def test_same_numbers_everywhere(results, engine, processes, accumulation, weights):
+    result = results(engine, processes)[accumulation, weights, None]
+    assert_engine(result, engine, processes)
+    assert_same_numbers(result, results("plain", 1)[1, weights, None])
+
+
+@pytest.mark.parametrize(("engine", "processes", "accumulation", "weights", "variant"), VARIANT_RUNS)
+def test_same_numbers_under_other_settings(results, engine, processes, accumulation, weights, variant):
+    result = results(engine, processes)[accumulation, weights, variant]
+    assert_engine(result, engine, processes)
+    expected = (1, weights, None if variant == "checkpointing" else variant)
+    assert_same_numbers(result, results("plain", 1)[expected])
+
+
+def test_the_reference_run_trains_tokens_and_items(results):
+    """What all runs are compared with is no zero: both terms carry loss, and users of both processes share a target."""
+    for weights in ("lora", "full"):
+        record = results("plain", 1)[1, weights, None]
+        assert all(abs(row["item/loss"]) > 1e-3 and row["entropy"] > 0.1 for row in record["logs"] if "loss" in row)
+        assert all(sum(value.norm() for value in step.values()) > 1e-2 for step in record["gradients"])
