@@ -3,10 +3,12 @@ The objective of METHOD §2 in float64, written from its equations and from noth
 rollout a forward, no padding, no fused head. Also `record`, which notes what a trainer really did.
 """
 
+import contextlib
 import math
 import types
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from peft import get_peft_model
 
@@ -246,3 +248,10 @@ def distance(a: dict, b: dict) -> tuple[float, float]:
     assert a.keys() == b.keys()
     difference = sum((a[name].double() - b[name].double()).square().sum().item() for name in a)
     return math.sqrt(difference), math.sqrt(sum(b[name].double().square().sum().item() for name in b))
+
+
+@contextlib.contextmanager
+def goes_red():
+    """What is inside must fail: the mistake is back."""
+    with pytest.raises(AssertionError):
+        yield
