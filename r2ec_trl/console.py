@@ -26,6 +26,29 @@ def report_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def run_table(result: Mapping[str, Any]) -> Table:
+    """
+    A training run at one glance: a line a system, Hit@10 and NDCG@10 with the history masked and not.
+
+    Args:
+        result (`Mapping[str, Any]`):
+            `after` and perhaps `before` (reports) and `difference` (a comparison), as `metrics.json` holds them.
+    """
+    table = Table(title=_title(result["after"]), caption="95 % bootstrap intervals of users; every figure: metrics.json")
+    table.add_column("test split")
+    columns = [(mask, metric) for mask in MASKS for metric in ("hit@10", "ndcg@10")]
+    for mask, metric in columns:
+        table.add_column(f"{_metric_name(metric)}\n{mask}", justify="right")
+    lines = [(name, result["after"], name) for name in result["after"]["unmasked"] if name != "model"]
+    lines += [("before", result["before"], "model")] if "before" in result else []
+    for name, report, system in [*lines, ("after", result["after"], "model")]:
+        table.add_row(name.replace("_", " "), *[_figure(report[mask][system][metric]) for mask, metric in columns])
+    if "difference" in result:
+        table.add_section()
+        table.add_row("after - before", *[_difference(result["difference"][mask][metric]) for mask, metric in columns])
+    return table
+
+
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """A table of [`~r2ec_trl.evaluation_report.compare_frames`]; differences whose interval excludes 0 stand out."""
     table = Table(title=_title(comparison), caption="bold: the 95 % interval of the paired difference excludes 0")
@@ -35,14 +58,12 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for mask in MASKS:
         for number, (metric, figure) in enumerate(comparison[mask].items()):
-            text = f"{figure['difference']:+.4f} [dim]\\[{figure['low']:+.4f}, {figure['high']:+.4f}][/dim]"
-            clear = figure["low"] > 0 or figure["high"] < 0
             table.add_row(
                 "" if number else mask,
                 _metric_name(metric),
                 f"{figure['before']:.4f}",
                 f"{figure['after']:.4f}",
-                f"[bold]{text}[/bold]" if clear else text,
+                _difference(figure),
             )
         table.add_section()
     return table
@@ -76,3 +97,8 @@ def _metric_name(metric: str) -> str:
 
 def _figure(figure: Mapping[str, float]) -> str:
     return f"{figure['value']:.4f} [dim]\\[{figure['low']:.4f}, {figure['high']:.4f}][/dim]"
+
+
+def _difference(figure: Mapping[str, float]) -> str:
+    text = f"{figure['difference']:+.4f} [dim]\\[{figure['low']:+.4f}, {figure['high']:+.4f}][/dim]"
+    return f"[bold]{text}[/bold]" if figure["low"] > 0 or figure["high"] < 0 else text

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from r2ec_trl.baselines import item_to_item, popularity
-from r2ec_trl.console import cold_table, comparison_table, report_table
+from r2ec_trl.console import cold_table, report_table, run_table
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
 from r2ec_trl.evaluation import cold_targets
 from r2ec_trl.evaluation_report import cold_report, compare_frames, protocol, report, write_report
@@ -160,11 +160,11 @@ def _print(
     if before is not None:
         for row in range(min(NUM_EXAMPLES, len(test))):
             console.print(_example(test[row], before.row(row, named=True), after.row(row, named=True), titles))
-    console.print(report_table(result["after"]))
-    if before is not None:
-        console.print(comparison_table(result["difference"]))
-        console.print("before:", result["before"]["reasoning"])
-    console.print("after:", result["after"]["reasoning"])
+    console.print(run_table(result))
+    for name in ("before", "after"):
+        if name in result:
+            shares = ", ".join(f"{key.replace('_', ' ')} {share:.0%}" for key, share in result[name]["reasoning"].items())
+            console.print(f"{name:6} reasoning: {shares}")
 
 
 def _example(
@@ -174,6 +174,6 @@ def _example(
     lines = [f"[dim]bought[/dim] {escape(' | '.join(titles[item] for item in user['history']))}"]
     lines.append(f"[dim]next  [/dim] {escape(titles[user['target']])}")
     for name, row in (("before", before), ("after ", after)):
-        lines.append(f"[bold]{name}[/bold] {escape(row['reasoning'])}")
+        lines.append(f"[bold]{name}[/bold] {escape(' '.join(row['reasoning'].split()))}")
         lines.append(f"       first: {escape(titles[row['top_item_ids'][0]])}; the target is at rank {row['rank']}")
     return Panel(Group(*lines), title=escape(str(user["user_id"])), title_align="left")

@@ -8,9 +8,10 @@ split, both without reasoning), `ranks.parquet`, `before/ranks.parquet`. Only va
 Hardware, run time and measured results of each config: recipes/README.md.
 """
 
+import time
 from dataclasses import dataclass, field
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from r2ec_trl.callbacks import HealthCallback, LearningCurveCallback
 from r2ec_trl.cli import parse, run
@@ -28,6 +29,22 @@ class ContrastiveScriptArguments(DataArguments):
     )
     max_test_users: int | None = field(default=None, metadata={"help": "Test on the first so many users only."})
     report_before: bool = field(default=True, metadata={"help": "Also evaluate the start on the test split."})
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "Stop training after so many seconds, to compare at equal time."}
+    )
+
+
+class TimeLimitCallback(TrainerCallback):
+    """Ends training at the first step after `seconds`, evaluation and saving included."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.perf_counter() - self.start > self.seconds
 
 
 def main() -> None:
@@ -41,6 +58,8 @@ def main() -> None:
     callbacks = [HealthCallback(), LearningCurveCallback()]
     if script_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(script_args.early_stopping_patience))
+    if script_args.max_seconds is not None:
+        callbacks.append(TimeLimitCallback(script_args.max_seconds))
     trainer = ContrastiveTrainer(
         model,
         dataset["items"],
