@@ -1,0 +1,154 @@
+"""
+Recommend for any user: by a bundle, or by a model or adapter with a dataset folder's catalogue.
+
+    python recipes/recommend.py --bundle outputs/demo/bundle --history_titles "orvo black cello bow"
+    python recipes/recommend.py --bundle BUNDLE --input users.jsonl --where "price < 50" --format jsonl > out.jsonl
+    python recipes/recommend.py --adapter dd101bb/gemma-2b-games --model_name_or_path google/gemma-2-2b-it \
+        --prompt_preset reference --dataset DATASET_FOLDER --save_bundle BUNDLE        # then --bundle BUNDLE
+
+A line of `--input` is a list of item ids, or an object with `history` (ids) or `history_titles` (titles, also of items
+outside the catalogue) and optionally `history_ratings`, `history_timestamps`, `timestamp` (seconds) and `user_id`.
+Hardware: whatever the model runs on; a bundle loads without encoding anything.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from r2ec_trl.answer_state import add_answer_state
+from r2ec_trl.bundle import Bundle
+from r2ec_trl.cli import parse, run
+from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation import make_encoder, make_table
+from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy
+from r2ec_trl.prompts import Prompts
+from r2ec_trl.recommender import Recommendation, Recommender
+from r2ec_trl.recpo_config import RecommendationArguments
+
+
+@dataclass
+class RecommendArguments(DataArguments, RecommendationArguments):
+    """Who is recommended what, and how it is shown."""
+
+    bundle: str | None = field(default=None, metadata={"help": "Bundle folder or hub id."})
+    history: list[str] | None = field(default=None, metadata={"help": "One user's purchases as item ids."})
+    history_titles: list[str] | None = field(default=None, metadata={"help": "One user's purchases as titles."})
+    history_ratings: list[float] | None = field(default=None, metadata={"help": "Their ratings out of 5."})
+    input: str | None = field(default=None, metadata={"help": "JSON lines of users; '-' is standard input."})
+    k: int = field(default=10, metadata={"help": "Items a user."})
+    exclude_history: bool = field(default=True, metadata={"help": "Leave out what the user has bought."})
+    reasoning: str | None = field(
+        default=None, metadata={"help": "'full', 'none', or a text to use. By default as the bundle was evaluated."}
+    )
+    where: str | None = field(default=None, metadata={"help": 'SQL condition on item columns: "price < 50".'})
+    allow: list[str] | None = field(default=None, metadata={"help": "Recommend these item ids only."})
+    exclude: list[str] | None = field(default=None, metadata={"help": "Never recommend these item ids."})
+    format: str = field(default="table", metadata={"help": "What is printed.", "choices": ["table", "jsonl"]})
+    save_bundle: str | None = field(default=None, metadata={"help": "Write the recommender as a bundle here."})
+    max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning, without a bundle."})
+    device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
+
+
+def make_bundle(args: RecommendArguments, policy_args: PolicyArguments) -> Bundle:
+    """A bundle in memory: the catalogue of the dataset folder encoded by the model or adapter that is named."""
+    dataset, card = load_dataset(args.dataset)
+    args.category = args.category or card["category"]
+    model, tokenizer = load_policy(policy_args)
+    add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    if not (policy_args.load_in_4bit or policy_args.load_in_8bit):
+        model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    prompts = Prompts(tokenizer, args.prompt_config(), dataset["items"])
+    table = make_table(prompts, dataset["items"], args.similarity, model.device)
+    with torch.no_grad():
+        table.refresh(make_encoder(model.eval(), prompts, args.forward_token_budget))
+    protocol = {
+        "reasoning": "full",
+        "max_new_tokens": args.max_completion_length,
+        "item_temperature": args.item_temperature,
+        "token_budget": args.forward_token_budget,
+    }
+    return Bundle(model, prompts, table, dataset["items"], protocol=protocol, dataset_card=card)
+
+
+def load_bundle(args: RecommendArguments, policy_args: PolicyArguments) -> Bundle:
+    """The bundle that is named; flags that a bundle decides are refused."""
+    for one in dataclasses.fields(RecommendationArguments):
+        if getattr(args, one.name) != getattr(RecommendationArguments(), one.name):
+            raise UserError(f"--{one.name} is decided by the bundle; leave it out.")
+    for name, value in (("adapter", policy_args.adapter), ("dataset", args.dataset)):
+        if value is not None:
+            raise UserError(f"--{name} is decided by the bundle; leave out one of the two.")
+    return Bundle.load(args.bundle, policy_args.model_name_or_path, args.device)
+
+
+def read_users(args: RecommendArguments) -> list[Any]:
+    """The users of the command line or of the input file."""
+    given = [name for name in ("history", "history_titles", "input") if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} name different users; give one of the two.")
+    if args.input is None:
+        user = {name: getattr(args, name) for name in ("history", "history_titles", "history_ratings")}
+        return [{name: value for name, value in user.items() if value is not None}] if given else []
+    users = []
+    with sys.stdin if args.input == "-" else open(args.input, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    users.append(json.loads(line))
+                except ValueError as error:
+                    raise UserError(f"{args.input}, line {number} is not JSON: {error}.") from error
+                if not isinstance(users[-1], (list, dict)):
+                    raise UserError(f"{args.input}, line {number} is neither a list of item ids nor an object.")
+    return users
+
+
+def show(results: Sequence[Recommendation], console: Console) -> None:
+    """A table a user, the reasoning above it."""
+    for number, result in enumerate(results):
+        name = result.user_id if result.user_id is not None else f"user {number}"
+        console.print(f"[bold]{escape(name)}[/bold] {escape(result.reasoning)}")
+        table = Table("", "item", "id", "score")
+        for rank, item in enumerate(result.items, start=1):
+            table.add_row(str(rank), escape(item.title), escape(item.item_id), f"{item.score:.4f}")
+        console.print(table)
+
+
+def main() -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))]
+    )
+    args, policy_args = parse((RecommendArguments, PolicyArguments), description=__doc__)
+    users = read_users(args)
+    if not users and args.save_bundle is None:
+        raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")
+    bundle = make_bundle(args, policy_args) if args.bundle is None else load_bundle(args, policy_args)
+    if args.save_bundle is not None:
+        bundle.save(args.save_bundle)
+    results = Recommender(bundle).recommend(
+        users,
+        args.k,
+        exclude_history=args.exclude_history,
+        reasoning=args.reasoning,
+        where=args.where,
+        allow=args.allow,
+        exclude=args.exclude or (),
+    )
+    if args.format == "table":
+        show(results, Console())
+    else:
+        for result in results:
+            print(json.dumps(result.to_dict(), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run(main)
