@@ -246,8 +246,8 @@ def _catalogue_figures(items: Dataset, trained_items: np.ndarray, as_target: np.
 
 
 def _mean_words(text: pl.Series) -> float:
-    words = text.cast(pl.String).fill_null("").str.count_matches(r"\S+").mean()
-    return round(float(words), 1)
+    words = text.cast(pl.String).fill_null("").str.count_matches(r"\S+").to_numpy()
+    return round(float(words.mean()), 1)
 
 
 def _leakage(columns: Mapping[str, _Columns], split_rule: str | None) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Raw files shaped like Amazon Reviews 2023, of any size, for benchmarks and tests: no person and no product is real."""
+"""Raw files shaped like Amazon Reviews 2023, of any size, for benchmarks and tests: all invented."""
 
 from __future__ import annotations
 

@@ -88,6 +88,8 @@ def _check(
         frame = reject(frame, bad, "has a rating that is no number", path, skipped, "rating")
         frame = frame.with_columns(number)
         columns.insert(2, "rating")
+    if "split" in frame.columns:
+        columns.append("split")
     time = _ticks("timestamp", frame.schema["timestamp"], ticks)
     frame = reject(frame, time.is_null(), "has a timestamp that is no whole number", path, skipped, "timestamp")
     frame = reject(frame, time < 0, "has a negative timestamp", path, skipped, "timestamp")
