@@ -241,9 +241,7 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
                 stale = self._refresh_table(encoder, sum(gather_object([sum(map(len, sequences))])))
         if self._is_watched_step():
             self._log_table(stale, score, states)
-        self._batch_rows = (
-            self.table.rows
-        )  # a later evaluation gives the table new ones: ratios compare like with like
+        self._batch_rows = self.table.rows  # an evaluation gives the table new ones: ratios compare like with like
         with self._timed("score"):
             scores = score(states)
             best = top_k(states, self.table.rows, NUM_TOP_ITEMS, excluded=excluded)[1].tolist()

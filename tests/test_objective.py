@@ -20,7 +20,9 @@ from r2ec_trl.objective import (
 )
 
 SIZE = 4
+USERS = 4
 LOW, HIGH = 0.1, 0.3
+LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 rewards_of_groups = st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=SIZE, max_size=SIZE)
 
 
@@ -119,13 +121,12 @@ def sampler(tokenizer):
     return sample
 
 
-def three_users(shop) -> Dataset:
+def four_users(shop) -> Dataset:
     """The first two share their target."""
     rows = shop["train"].to_list()
-    first = rows[0]
-    second = next(row for row in rows[1:] if row["target"] == first["target"])
-    third = next(row for row in rows[1:] if row["target"] != first["target"])
-    return Dataset.from_list([first, second, third])
+    twin = next(row for row in rows[1:] if row["target"] == rows[0]["target"])
+    others = {row["target"]: row for row in rows if row["target"] != rows[0]["target"]}
+    return Dataset.from_list([rows[0], twin, *list(others.values())[:2]])
 
 
 CASES = {
@@ -144,45 +145,31 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_each_trajectory_has_the_value_and_gradient_of_the_equations(
-    case, make_trainer, replay, shop, chat_tokenizer, tiny_model
-):
-    """
-    Twelve micro-batches of one rollout, twice (`num_iterations=2`): before any update every ratio is 1; after it the
-    ratios are those to π_old, and clipping acts. The second pass is checked on the weights that it really saw.
-    """
-    peft = CASES[case].get("peft", True)
-    replay(sampler(chat_tokenizer))
-    trainer = make_trainer(
-        train=three_users(shop),
-        reward=odd_reward,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=3 * SIZE,
-        num_iterations=2,
-        lr_scheduler_type="constant",
-        epsilon=LOW,
-        epsilon_high=HIGH,
-        temperature=1.3,
-        item_temperature=0.05,
-        **{"learning_rate": 3e-3, **CASES[case]},
-    )
-    table_ids, args = trainer.table.token_ids, trainer.args
-    notes = record(trainer)
-    (generation,) = notes.generations
-    assert len(notes.steps) == 2 * 3 * SIZE
+def build(make_trainer, shop, **settings):
+    defaults = {
+        "train": four_users(shop),
+        "reward": odd_reward,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": USERS * SIZE,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "epsilon": LOW,
+        "epsilon_high": HIGH,
+        "temperature": 1.3,
+        "item_temperature": 0.05,
+    }
+    return make_trainer(**{**defaults, **settings})
 
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    model = double_model(tiny_model("llama"), lora if peft else None)
-    completions = [rollout.ids for rollout in generation.rollouts]
-    rewards = odd_reward(completions)
-    oracle = Oracle(
-        table_ids=table_ids,
+
+def oracle_of(trainer, generation) -> Oracle:
+    args, completions = trainer.args, [rollout.ids for rollout in generation.rollouts]
+    return Oracle(
+        table_ids=trainer.table.token_ids,
         targets=[int(row["target"][1:]) for row in generation.rows],
         prompts=generation.prompts,
         completions=completions,
         trained=[rollout.trained for rollout in generation.rollouts],
-        advantages=advantages_of(rewards, SIZE, args.advantage),
+        advantages=advantages_of(odd_reward(completions), SIZE, args.advantage),
         size=SIZE,
         credit=args.item_credit_count,
         low=LOW,
@@ -194,33 +181,66 @@ def test_each_trajectory_has_the_value_and_gradient_of_the_equations(
         negatives=args.item_negatives,
         item_gradient=args.item_gradient == "candidates",
     )
+
+
+def compare(steps, generation, oracle: Oracle, model) -> None:
+    """Each micro-batch of one rollout has the loss and the gradient that the equations give that rollout."""
+    model.load_state_dict(steps[0].weights)
+    errors, scale = [], 0.0
+    for step in steps:
+        i = row_of(step.inputs, generation, 0)
+        (term,) = oracle.terms(model, only=i)
+        assert step.loss == pytest.approx(term.item(), abs=2e-5), i
+        error, norm = distance(step.gradient, gradient_of(term, model))
+        errors.append((i, error))
+        scale = max(scale, norm)
+    assert scale > 1e-3 and all(error < 2e-3 * scale for _, error in errors), (scale, errors)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_trajectory_has_the_value_and_gradient_of_the_equations(
+    case, make_trainer, replay, shop, chat_tokenizer, tiny_model
+):
+    """
+    One rollout a micro-batch, all of them twice (`num_iterations=2`): before any update every ratio is 1; after it the
+    ratios are those to π_old, and clipping acts. The second pass is checked on the weights that it really saw.
+    """
+    replay(sampler(chat_tokenizer))
+    trainer = build(make_trainer, shop, num_iterations=2, **CASES[case])
+    notes = record(trainer)
+    (generation,) = notes.generations
+    assert len(notes.steps) == 2 * USERS * SIZE
+    model = double_model(tiny_model("llama"), LoraConfig(**LORA) if CASES[case].get("peft", True) else None)
+    oracle = oracle_of(trainer, generation)
     assert generation.advantages == pytest.approx(oracle.advantages, abs=1e-5)
     model.load_state_dict(notes.steps[0].weights)
     oracle.old_actions(model)
-    for steps in (notes.steps[: 3 * SIZE], notes.steps[3 * SIZE :]):
-        model.load_state_dict(steps[0].weights)
-        scale = 0.0
-        errors = []
-        for step in steps:
-            i = row_of(step.inputs, generation, 0)
-            (term,) = oracle.terms(model, only=i)
-            assert step.loss == pytest.approx(term.item(), abs=2e-5), i
-            expected = gradient_of(term, model)
-            error, norm = distance(step.gradient, expected)
-            errors.append((i, error))
-            scale = max(scale, norm)
-        assert scale > 1e-3
-        assert all(error < 2e-3 * scale for _, error in errors), (scale, errors)
+    compare(notes.steps[: USERS * SIZE], generation, oracle, model)
+    compare(notes.steps[USERS * SIZE :], generation, oracle, model)
     first, second = trainer.state.log_history[:2]
     assert first["clip_ratio/region_mean"] == first["item/clip_ratio"] == 0
     assert second["clip_ratio/region_mean"] > 0.1 and second["item/clip_ratio"] > 0.1
 
 
-def test_the_oracle_agrees_with_finite_differences(make_trainer, replay, shop, chat_tokenizer, tiny_model):
+def test_without_a_second_iteration_every_ratio_is_one(make_trainer, replay, shop, chat_tokenizer, tiny_model):
+    """Two steps, each with rollouts of its own: π_old is π, its value exactly and its gradient all the same."""
+    replay(sampler(chat_tokenizer))
+    trainer = build(make_trainer, shop, item_credit="all", item_coef=2.0)
+    notes = record(trainer)
+    assert len(notes.generations) == 2 and "old_item_logprobs" not in notes.generations[0].output
+    model = double_model(tiny_model("llama"), LoraConfig(**LORA))
+    for number, generation in enumerate(notes.generations):
+        steps = notes.steps[number * USERS * SIZE : (number + 1) * USERS * SIZE]
+        oracle = oracle_of(trainer, generation)
+        model.load_state_dict(steps[0].weights)
+        oracle.old_actions(model)
+        compare(steps, generation, oracle, model)
+
+
+def test_the_oracle_agrees_with_finite_differences(tiny_model):
     """Along three random directions, at weights where ratios differ from 1; float64 throughout."""
     torch.manual_seed(0)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    model = double_model(tiny_model("llama"), lora)
+    model = double_model(tiny_model("llama"), LoraConfig(**LORA))
     dice = random.Random(0)
     words = [[dice.randrange(10, 300) for _ in range(dice.randrange(3, 7))] for _ in range(24)]
     oracle = Oracle(
