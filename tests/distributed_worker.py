@@ -1,9 +1,9 @@
 """
-Training runs from replayed rollouts, on as many processes as the launcher starts; tests/test_distributed.py launches it
-and compares what it writes.
+Training runs from replayed rollouts, on as many processes as the launcher starts; tests/test_distributed.py launches
+it and compares what it writes.
 
     torchrun --nproc_per_node 2 tests/distributed_worker.py CASES.json
-    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 tests/distributed_worker.py CASES.json
+    accelerate launch --config_file accelerate_configs/zero2.yaml tests/distributed_worker.py CASES.json
 
 CASES.json is a list of runs: `trainer` ("recpo" or "contrastive"), `settings` (of its config), `model` and `dataset`
 (folders), `adapter` (folder or null), `train_rows`, `evaluate` and `output` (the file to write).
@@ -28,7 +28,7 @@ from r2ec_trl.recpo_trainer import RecPOTrainer
 
 
 def scripted_rollout(reader, eos_token_id, vocab_size, prompt_ids, number):
-    """A rollout that depends on prompt and number alone: some write the marker, some stop without it, some never end."""
+    """A rollout that depends on prompt and number alone: it writes the marker, stops without it, or never ends."""
     draw = random.Random(f"{prompt_ids}-{number}")
     words = [draw.randrange(10, vocab_size) for _ in range(draw.randrange(1, 8))]
     ending = ([*reader.marker_ids, 11, 12], [eos_token_id], [])[number % 3]

@@ -1,11 +1,12 @@
 """
-The same numbers on one process and on two, plain, under DDP and under every ZeRO stage: loss, gradients and parameters
-after two SGD steps from replayed rollouts (tests/distributed_worker.py runs a case).
+The same numbers on one process and on two, plain, under DDP and under every ZeRO stage: loss, gradients and
+parameters after two SGD steps from replayed rollouts (tests/distributed_worker.py runs a case).
 
     python -m pytest -m distributed tests/test_distributed.py                     # every value of every factor, in pairs
     WHOLE_MATRIX=1 python -m pytest -m distributed tests/test_distributed.py      # all of it
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -18,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+
+from r2ec_trl.contrastive_trainer import ContrastiveConfig
 
 pytestmark = pytest.mark.distributed
 
@@ -144,28 +147,20 @@ def run_cases(tiny_model_folder, shop_folder, adapter_folder, tmp_path_factory):
 
     def run(engine, processes, cases):
         folder = tmp_path_factory.mktemp(f"{engine}-{processes}")
-        written = []
-        for number, case in enumerate(cases):
-            accumulation, rows = case.get("accumulation", 1), case.get("rows", ROLLOUTS)
-            settings = {
-                **SETTINGS,
-                "output_dir": str(folder / f"run{number}"),
-                "per_device_train_batch_size": rows // processes // accumulation,
-                "gradient_accumulation_steps": accumulation,
-                **case.get("settings", {}),
+        written = [
+            {
+                "trainer": "recpo",
+                "model": str(tiny_model_folder("llama")),
+                "dataset": str(shop_folder),
+                "adapter": str(adapter_folder) if case["weights"] == "lora" else None,
+                "train_rows": TRAIN_ROWS,
+                "output": str(folder / f"result{number}.pt"),
+                "evaluate": False,
+                **case,
+                "settings": {**case["settings"], "output_dir": str(folder / f"run{number}")},
             }
-            written.append(
-                {
-                    "trainer": case.get("trainer", "recpo"),
-                    "model": str(tiny_model_folder("llama")),
-                    "dataset": str(shop_folder),
-                    "adapter": str(adapter_folder) if case["weights"] == "lora" else None,
-                    "train_rows": case.get("train_rows", TRAIN_ROWS),
-                    "output": str(folder / f"result{number}.pt"),
-                    "evaluate": case.get("evaluate", False),
-                    "settings": settings,
-                }
-            )
+            for number, case in enumerate(cases)
+        ]
         (folder / "cases.json").write_text(json.dumps(written))
         launch(engine, processes, WORKER, str(folder / "cases.json"), timeout=120 + 60 * len(cases))
         return [torch.load(case["output"], weights_only=False) for case in written]
@@ -175,7 +170,7 @@ def run_cases(tiny_model_folder, shop_folder, adapter_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def results(run_cases):
-    """`results(engine, processes)`: (accumulation, weights, variant) → record, of all that is tested, in one launch."""
+    """`results(engine, processes)`: (accumulation, weights, variant) → record of all that is tested, in one launch."""
 
     @functools.cache
     def get(engine, processes):
@@ -184,10 +179,11 @@ def results(run_cases):
         if (engine, processes) == ("plain", 1):  # the reference: one process, one micro-batch a step, no engine
             wanted += [(1, weights, variant) for weights in ("lora", "full") for variant in (None, "options")]
         wanted = list(dict.fromkeys(wanted))
-        cases = [
-            {"accumulation": accumulation, "weights": weights, "settings": VARIANTS.get(variant, {})}
-            for accumulation, weights, variant in wanted
-        ]
+        cases = []
+        for accumulation, weights, variant in wanted:
+            batch = {"per_device_train_batch_size": ROLLOUTS // processes // accumulation}
+            batch["gradient_accumulation_steps"] = accumulation
+            cases.append({"weights": weights, "settings": {**SETTINGS, **batch, **VARIANTS.get(variant, {})}})
         return dict(zip(wanted, run_cases(engine, processes, cases), strict=True))
 
     return get
@@ -238,8 +234,24 @@ def test_same_numbers_under_other_settings(results, engine, processes, accumulat
 
 
 def test_the_reference_run_trains_tokens_and_items(results):
-    """What all runs are compared with is no zero: both terms carry loss, and users of both processes share a target."""
+    """What all runs are compared with is no zero: both terms carry loss and gradient."""
     for weights in ("lora", "full"):
         record = results("plain", 1)[1, weights, None]
         assert all(abs(row["item/loss"]) > 1e-3 and row["entropy"] > 0.1 for row in record["logs"] if "loss" in row)
         assert all(sum(value.norm() for value in step.values()) > 1e-2 for step in record["gradients"])
+
+
+def test_contrastive_training_and_evaluation_on_two_processes(run_cases):
+    """Users of other processes are negatives too, and each process evaluates its share of the users."""
+    shared = set(SETTINGS) & {field.name for field in dataclasses.fields(ContrastiveConfig)}
+    records = []
+    for processes in (1, 2):
+        batch = {"per_device_train_batch_size": 6 // processes, "eval_strategy": "no", "max_eval_users": 7}
+        settings = {**{name: SETTINGS[name] for name in shared}, **batch, "item_temperature": 1.0}
+        case = {"trainer": "contrastive", "weights": "lora", "evaluate": True, "settings": settings}
+        records += run_cases("plain", processes, [{**case, "train_rows": list(range(12))}])
+    one, two = records
+    assert_engine(two, "plain", 2)
+    assert_same_numbers(two, one)
+    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-6)
+    assert torch.allclose(two["table"], one["table"], atol=1e-5)
