@@ -297,7 +297,7 @@ class Bundle:
         items = concatenate_datasets([self.items, new])
         prompts = Prompts(self.tokenizer, self.prompts.config, items)
         rows = self._encode(prompts.catalogue_ids(new))
-        self._set_catalogue(items, torch.cat([self.table.rows, rows]))
+        self._set_catalogue(items, torch.cat([self.table.rows, rows]), prompts)
 
     def update_items(self, rows: Rows) -> int:
         """
@@ -313,7 +313,7 @@ class Bundle:
         table_rows = self.table.rows.clone()
         if stale:
             table_rows[stale] = self._encode([prompts.item_ids(items[row]) for row in stale])
-        self._set_catalogue(items, table_rows)
+        self._set_catalogue(items, table_rows, prompts)
         return len(stale)
 
     def remove_items(self, item_ids: Iterable[str]) -> None:
@@ -322,13 +322,14 @@ class Bundle:
         keep = [row for row in range(len(self.table)) if row not in gone]
         if len(keep) < 2:
             raise UserError(f"Removing {len(gone)} of {len(self.table)} items leaves {len(keep)}; keep two at least.")
-        self._set_catalogue(self.items.select(keep), self.table.rows[keep])
+        items = self.items.select(keep)
+        self._set_catalogue(items, self.table.rows[keep], Prompts(self.tokenizer, self.prompts.config, items))
 
     def refresh_table(self) -> None:
         """Encode every item with the weights as they are."""
-        self._set_catalogue(self.items, self._encode(self.table.token_ids))
+        self._set_catalogue(self.items, self._encode(self.table.token_ids), self.prompts)
 
-    def _set_catalogue(self, items: Dataset, rows: torch.Tensor) -> None:
+    def _set_catalogue(self, items: Dataset, rows: torch.Tensor, prompts: Prompts) -> None:
         """Take a new catalogue and its rows; on disk, replacing bundle.json is the moment at which it holds."""
         if self.folder is not None:
             recorded = self.meta["hashes"]
@@ -344,9 +345,8 @@ class Bundle:
             items = read_items(self.folder / name / ITEMS_FILE)
             rows = read_table(self.folder / name / TABLE_FILE)[0].to(self.table.device)
         self.meta["num_items"] = len(items)
-        self.items = items
-        self.prompts = Prompts(self.tokenizer, self.prompts.config, items)
-        self.table = _table_of(self.prompts, items, rows, self.table.similarity)
+        self.items, self.prompts = items, prompts
+        self.table = _table_of(prompts, items, rows, self.table.similarity)
 
 
 def save_bundle(

@@ -29,7 +29,7 @@ def make_encoder(model: torch.nn.Module, prompts: Prompts, token_budget: int) ->
 
 def make_table(prompts: Prompts, item_dataset: Dataset, similarity: str, device: torch.device | str) -> ItemTable:
     """An empty [`~r2ec_trl.items.table.ItemTable`] of a catalogue under these prompts."""
-    return ItemTable(item_dataset["item_id"], prompts.catalogue_ids(item_dataset), similarity, device)
+    return ItemTable(item_dataset["item_id"][:], prompts.catalogue_ids(item_dataset), similarity, device)
 
 
 def alter_reasoning(rollouts: Sequence[Rollout], reader: MarkerReader, reasoning: str, seed: int = 0) -> list[Rollout]:

@@ -143,7 +143,9 @@ class Prompts:
         ensure_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
-        self.titles: dict[str, str] = dict(zip(item_dataset["item_id"], item_dataset["title"], strict=True))
+        self.titles: dict[str, str] = dict(
+            zip(item_dataset["item_id"][:], item_dataset["title"][:], strict=True)  # [:] reads a column at once
+        )
         self.marker_ids: list[int] = tokenizer(config.marker, add_special_tokens=False)["input_ids"]
         self._leading = leading_turns(tokenizer)
 

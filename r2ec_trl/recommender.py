@@ -83,6 +83,8 @@ class Recommender:
 
     def __init__(self, bundle: Bundle):
         self.bundle = bundle
+        self._titles_of: Any = None  # the catalogue whose titles `_by_title` holds
+        self._by_title: dict[str, list[int]] = {}
 
     @classmethod
     def from_pretrained(
@@ -222,10 +224,13 @@ class Recommender:
         return user
 
     def _rows_by_title(self) -> dict[str, list[int]]:
-        rows: dict[str, list[int]] = {}
-        for row, title in enumerate(self.bundle.items["title"][:]):
-            rows.setdefault(_folded(title), []).append(row)
-        return rows
+        """Rows of each title; made once for a catalogue."""
+        items = self.bundle.items
+        if self._titles_of is not items:
+            self._titles_of, self._by_title = items, {}
+            for row, title in enumerate(items["title"][:]):
+                self._by_title.setdefault(_folded(title), []).append(row)
+        return self._by_title
 
     def _allowed(self, where: str | None, allow: Iterable[str] | None, exclude: Iterable[str]) -> torch.Tensor | None:
         """Mask of the items that may be recommended, `(N,)`; `None` for all."""
