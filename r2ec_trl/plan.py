@@ -181,8 +181,9 @@ def layer_activations(shape: ModelShape, precision: Precision, length: int) -> f
     """
     Bytes a token that one layer keeps for its backward pass.
 
-    Norms keep their fp32 input (and what they scale, where their weight is trained); linear layers theirs (fp32 adapters under autocast a copy each); attention keeps
-    queries, keys, values and output, each as wide as the queries; the gated MLP keeps gate, its activation and up.
+    Norms keep their fp32 input (and what they scale, where their weight is trained); linear layers theirs (fp32
+    adapters under autocast a copy each); attention keeps queries, keys, values and output, each as wide as the
+    queries; the gated MLP keeps gate, its activation and up.
     """
     size, width = precision.compute_bytes, shape.heads * shape.head_dim
     norms = 4 * shape.norms * shape.hidden * (1 if shape.adapter else 2)
