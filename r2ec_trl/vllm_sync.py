@@ -111,10 +111,7 @@ class MergedSync(VLLMGeneration):
             check_server(self.base_url, self.model.name_or_path, needed, self.server_timeout, hot_load)
         self._connect()
         if self.accelerator.is_main_process:
-            session = self.vllm_client.session  # TRL's waits without end, and asks again for what took too long
-            session.request = functools.partial(session.request, timeout=(CONNECT_TIMEOUT, ANSWER_TIMEOUT))
-            for adapter in session.adapters.values():
-                adapter.max_retries = adapter.max_retries.new(connect=3, read=0, backoff_factor=1)
+            self._bound_waiting()
 
     def _engine_options(self) -> dict[str, Any]:
         return {"quantization": None}
@@ -126,6 +123,13 @@ class MergedSync(VLLMGeneration):
             if "Restart it with" not in str(error):
                 raise
             raise UserError(" ".join(str(error).split())) from error
+
+    def _bound_waiting(self, pauses: float = 1.0) -> None:
+        """TRL's session waits without end, and asks again for what took too long."""
+        session = self.vllm_client.session
+        session.request = functools.partial(session.request, timeout=(CONNECT_TIMEOUT, ANSWER_TIMEOUT))
+        for adapter in session.adapters.values():
+            adapter.max_retries = adapter.max_retries.new(connect=3, read=0, backoff_factor=pauses)
 
     # -------------------------------------------------------------------- sync
     def sync_weights(self) -> None:

@@ -1,6 +1,7 @@
-"""What cannot work with vLLM is one sentence, without vLLM at hand and without a hang; a local stub plays the server."""
+"""What cannot work with vLLM is one sentence, without a hang; no vLLM is needed, a local stub plays the server."""
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -145,8 +146,6 @@ def test_adapters_that_vllm_would_refuse_or_ignore(settings, case):
     lora, reason = REFUSED_BY_HOT_LOADING[case]
     config = LoraConfig(**{"target_modules": ["q_proj"], **lora})
     assert vllm_guards.adapter_refusal(LoraConfig(target_modules=["q_proj"])) is None
-    import re
-
     assert re.search(reason, vllm_guards.adapter_refusal(config))
 
 
