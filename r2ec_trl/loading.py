@@ -131,6 +131,6 @@ def load_policy(
             else " (the base recorded in the adapter; name yours with --model_name_or_path)"
         )
         raise UserError(f"The model {name!r}{hint} cannot be loaded: {reason}") from error
-    if adapter_config is None:
+    if args.adapter is None or adapter_config is None:
         return model, tokenizer
     return attach_adapter(model, args.adapter, adapter_config, trainable), tokenizer
