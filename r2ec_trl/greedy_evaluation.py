@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.models.utils import unwrap_model_for_generation
 
+from r2ec_trl.distributed import share_encoding
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import evaluate_users, make_encoder, summarise_users
 from r2ec_trl.items.table import ItemTable
@@ -49,8 +50,10 @@ class GreedyEvaluation(_Base):
             yield model
 
     def _greedy_rollouts(self, prompt_ids: list[list[int]]) -> list[Rollout] | None:
-        """Greedy rollouts from elsewhere (vLLM), called on every process; `None`: the frozen policy generates them."""
-        return None
+        """Greedy rollouts of this process through vLLM where it is in use; `None`: the frozen policy makes them."""
+        if not getattr(self, "use_vllm", False):
+            return None
+        return self.vllm_generation.greedy(self.reader, prompt_ids, self.args.max_completion_length)
 
     def evaluate_frame(self, dataset: Dataset, reasoning: str | None = None) -> pl.DataFrame:
         """
@@ -65,7 +68,8 @@ class GreedyEvaluation(_Base):
         if (reasoning or self.reasoning) != "none":
             rollouts = self._greedy_rollouts([self.prompts.user_ids(user) for user in dataset.select(mine)])
         with self._frozen_policy() as model:
-            self.table.refresh(make_encoder(model, self.prompts, self.args.forward_token_budget))
+            encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
+            self.table.refresh(share_encoding(encoder, self.accelerator))
             frames = []
             if len(mine):
                 frame = evaluate_users(

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from r2ec_trl.answer_state import add_answer_state
+from r2ec_trl.distributed import check_sharding, share_encoding
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import make_encoder, make_table
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
@@ -109,6 +110,7 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
             raise UserError(
                 f"RecPOTrainer takes no `{clash[0]}`: a rollout is the policy's own words; use GRPOTrainer."
             )
+        check_sharding(args, peft_config is not None or hasattr(model, "peft_config"))
         # TRL tells truncation by a last end-of-sequence id, which no rollout of ours has: taken over in `_generate`
         self._mask_truncated, args.mask_truncated_completions = args.mask_truncated_completions, False
         with vllm_backend(self, args):
@@ -195,11 +197,6 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
         self._log_rollouts(rollouts)
         return prompt_ids, [r.ids for r in rollouts], tool_mask, completions, logprobs, *rest
 
-    def _greedy_rollouts(self, prompt_ids: list[list[int]]) -> list[Rollout] | None:
-        if not self.use_vllm:
-            return None
-        return self.vllm_generation.greedy(self.reader, prompt_ids, self.args.max_completion_length)
-
     def _log_rollouts(self, rollouts: list[Rollout]) -> None:
         """Missing markers, overflowing ones, and TRL's truncation figures, which look for an end-of-sequence id."""
         rows = [[not r.has_marker, r.overflows, r.truncated, sum(r.trained)] for r in rollouts]
@@ -238,6 +235,7 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
             with self._timed("score"):
                 states = self.table.project(encoder(sequences)).to(self.table.device)
             with self._timed("items"):
+                encoder = share_encoding(encoder, self.accelerator)
                 stale = self._refresh_table(encoder, sum(gather_object([sum(map(len, sequences))])))
         if self._is_watched_step():
             self._log_table(stale, score, states)

@@ -2,7 +2,7 @@
 The same numbers on one process and on two, plain, under DDP and under every ZeRO stage: loss, gradients and
 parameters after two SGD steps from replayed rollouts (tests/distributed_worker.py runs a case).
 
-    python -m pytest -m distributed tests/test_distributed.py                     # every value of every factor, in pairs
+    python -m pytest -m distributed tests/test_distributed.py                     # every pair of values
     WHOLE_MATRIX=1 python -m pytest -m distributed tests/test_distributed.py      # all of it
 """
 
@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from r2ec_trl.contrastive_trainer import ContrastiveConfig
+from r2ec_trl.errors import UserError
 
 pytestmark = pytest.mark.distributed
 
@@ -87,6 +88,7 @@ SETTINGS = {
     "bf16": False,
     "logging_steps": 1,
     "watch_steps": 0,
+    "max_eval_users": 5,
     "save_strategy": "no",
     "report_to": "none",
     "use_cpu": True,
@@ -155,7 +157,7 @@ def run_cases(tiny_model_folder, shop_folder, adapter_folder, tmp_path_factory):
                 "adapter": str(adapter_folder) if case["weights"] == "lora" else None,
                 "train_rows": TRAIN_ROWS,
                 "output": str(folder / f"result{number}.pt"),
-                "evaluate": False,
+                "evaluate": True,
                 **case,
                 "settings": {**case["settings"], "output_dir": str(folder / f"run{number}")},
             }
@@ -216,6 +218,8 @@ def assert_same_numbers(result, expected):
     print(f"relative difference: loss {loss:.1e}, gradients {gradients:.1e}, parameters {parameters:.1e}")
     assert max(loss, gradients, parameters) < TOLERANCE
     assert len(result["gradients"]) == len(expected["gradients"]) == result["logs"][-1]["step"]
+    assert result["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-6)
+    assert torch.allclose(result["table"], expected["table"], atol=1e-5)
 
 
 @pytest.mark.parametrize(("engine", "processes", "accumulation", "weights"), PAIRS)
@@ -229,7 +233,7 @@ def test_same_numbers_everywhere(results, engine, processes, accumulation, weigh
 def test_same_numbers_under_other_settings(results, engine, processes, accumulation, weights, variant):
     result = results(engine, processes)[accumulation, weights, variant]
     assert_engine(result, engine, processes)
-    expected = (1, weights, None if variant == "checkpointing" else variant)
+    expected = (1, weights, "options" if variant == "options" else None)
     assert_same_numbers(result, results("plain", 1)[expected])
 
 
@@ -241,17 +245,28 @@ def test_the_reference_run_trains_tokens_and_items(results):
         assert all(sum(value.norm() for value in step.values()) > 1e-2 for step in record["gradients"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing false"),
+        ({"ds3_gather_for_generation": False}, "leave it on"),
+    ],
+)
+def test_zero3_refuses_what_deepspeed_cannot_do(monkeypatch, make_trainer, settings, words):
+    monkeypatch.setattr("r2ec_trl.distributed.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match=words):
+        make_trainer(**settings)
+
+
 def test_contrastive_training_and_evaluation_on_two_processes(run_cases):
     """Users of other processes are negatives too, and each process evaluates its share of the users."""
     shared = set(SETTINGS) & {field.name for field in dataclasses.fields(ContrastiveConfig)}
     records = []
     for processes in (1, 2):
-        batch = {"per_device_train_batch_size": 6 // processes, "eval_strategy": "no", "max_eval_users": 7}
+        batch = {"per_device_train_batch_size": 6 // processes, "eval_strategy": "no"}
         settings = {**{name: SETTINGS[name] for name in shared}, **batch, "item_temperature": 1.0}
-        case = {"trainer": "contrastive", "weights": "lora", "evaluate": True, "settings": settings}
+        case = {"trainer": "contrastive", "weights": "lora", "settings": settings}
         records += run_cases("plain", processes, [{**case, "train_rows": list(range(12))}])
     one, two = records
     assert_engine(two, "plain", 2)
     assert_same_numbers(two, one)
-    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-6)
-    assert torch.allclose(two["table"], one["table"], atol=1e-5)
