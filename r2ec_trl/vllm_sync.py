@@ -54,8 +54,13 @@ def vllm_backend(trainer: RecPOTrainer, args: RecPOConfig) -> Iterator[None]:
         kwargs["generation_kwargs"] = {**args.generation_kwargs, "stop_token_ids": trainer.eos_token_ids}
         return kind(settings=args, timed=timed, **kwargs)
 
-    with _replaced(grpo_trainer, "VLLMGeneration", build):
-        yield
+    try:
+        with _replaced(grpo_trainer, "VLLMGeneration", build):
+            yield
+    except RuntimeError as error:  # a server without the flags that TRL's weight transfer or correction needs
+        if "The vLLM server" not in str(error):
+            raise
+        raise UserError(" ".join(str(error).split())) from error
 
 
 @contextmanager
@@ -117,12 +122,7 @@ class MergedSync(VLLMGeneration):
         return {"quantization": None}
 
     def _connect(self) -> None:
-        try:
-            super()._init_vllm()
-        except RuntimeError as error:  # a server without the flags that TRL's weight transfer needs
-            if "Restart it with" not in str(error):
-                raise
-            raise UserError(" ".join(str(error).split())) from error
+        super()._init_vllm()
 
     def _bound_waiting(self, pauses: float = 1.0) -> None:
         """TRL's session waits without end, and asks again for what took too long."""

@@ -5,8 +5,14 @@ vLLM samples from exactly the policy being trained. Needs vLLM (`pip install -e 
 vLLM's CPU backend frees the weights it packs, so none can be pushed into it; the engines here do not pack.
 """
 
+import contextlib
 import gc
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
+from r2ec_trl.errors import UserError
 from r2ec_trl.vllm_engine import generate_reasoning_vllm
 
 pytestmark = pytest.mark.vllm
@@ -58,7 +65,7 @@ def vllm_trainer(make_trainer, tiny_model_folder):
 
     yield build
     for trainer in trainers:
-        del trainer.vllm_generation
+        trainer.__dict__.pop("vllm_generation", None)
 
 
 def merged_copy(model):
@@ -249,3 +256,71 @@ def test_truncated_sampling_leaves_the_token_gradient_alone(vllm_trainer, make_t
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     trainer.vllm_importance_sampling_mode = "sequence_mask"
     assert token_norm(trainer) < 0.2 * under_transformers
+
+
+@pytest.fixture
+def server(tiny_model_folder, tmp_path):
+    """`server(*flags, **environment)` starts a vLLM server for the tiny model and returns its process and address."""
+    processes = []
+
+    def start(*flags, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = "--max-model-len 512 --logprobs-mode processed_logprobs --dtype float32 --host 127.0.0.1 --port"
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(tiny_model_folder("llama")),
+        ]
+        log = open(tmp_path / "server.log", "w")
+        processes.append(
+            subprocess.Popen(
+                [*command, *words.split(), str(port), *flags],
+                env=os.environ | environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        )
+        return processes[-1], f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in processes:
+        stop(process)
+
+
+def stop(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=30)
+
+
+def test_a_real_server_follows_the_adapter_and_its_death_is_one_sentence(server, vllm_trainer):
+    """
+    Hot-loading needs neither NCCL nor a GPU: three updates on a CPU server. The rollouts' log-probs are those of the
+    policy of the moment, TRL's importance ratios stay at one, and the wait for a dead server is bounded. Another model
+    than the server's is noticed.
+    """
+    process, url = server(
+        "--enable-lora", "--max-lora-rank", "8", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_SERVER_DEV_MODE="1"
+    )
+    limits = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 200.0}
+    with pytest.raises(UserError, match="serves '.*/llama', but the policy is '.*/qwen2'; restart it with that model"):
+        vllm_trainer("lora", family="qwen2", **limits)
+    trainer = vllm_trainer("lora", learning_rate=3e-2, max_steps=3, **limits)
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "sampling/importance_sampling_ratio/mean" in log]
+    assert len(steps) == 3
+    for log in steps:
+        assert abs(log["sampling/importance_sampling_ratio/mean"] - 1) < 0.02
+        assert log["sampling/sampling_logp_difference/max"] < LOGPROB_TOLERANCE
+    assert trainer.vllm_generation.vllm_client.model.endswith("-3")
+
+    stop(process)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"The vLLM server at {url} stopped answering"):
+        trainer.train()
+    assert time.monotonic() - start < 60
