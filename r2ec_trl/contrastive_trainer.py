@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl.trainer.utils import disable_dropout_in_model
 
 from r2ec_trl.answer_state import add_answer_state, pad_right
+from r2ec_trl.checkpoints import WholeCheckpoints
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import make_encoder, make_table
+from r2ec_trl.faults import FaultStops
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.objective import contrastive_loss, mean_pairwise_cosine
 from r2ec_trl.prompts import Prompts
@@ -38,7 +40,7 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
         self.check_scoring()
 
 
-class ContrastiveTrainer(GreedyEvaluation, Trainer):
+class ContrastiveTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, Trainer):
     """
     Pulls the answer state of a user prompt (no reasoning) towards the target's row, away from the batch's other
     distinct targets; gradient flows to both sides of every score (M8).

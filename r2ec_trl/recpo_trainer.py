@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from r2ec_trl.answer_state import add_answer_state
+from r2ec_trl.checkpoints import WholeCheckpoints
 from r2ec_trl.distributed import check_sharding, share_encoding
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import make_encoder, make_table
+from r2ec_trl.faults import FaultStops
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.items.scoring import CatalogueScores, exclusion_matrix, target_rank_and_logprob, top_k
 from r2ec_trl.objective import (
@@ -37,7 +39,7 @@ NUM_TOP_ITEMS = 10  # items a reward sees in `top_item_ids`
 NUM_WATCHED_ROWS = 256  # fixed rows whose mean pairwise cosine is logged
 
 
-class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
+class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
     """
     Trains a policy to reason, then recommend (METHOD §2, M1–M7).
 
@@ -50,6 +52,7 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
     - `_generate_and_score_completions`: adds what the item term needs, and RLOO's factor n/(n-1).
     - `_get_per_token_logps_and_entropies`: keeps the answer states of the loss's own forward.
     - `_compute_loss`: adds the item term (M6, M7), normalised over the generation batch like one more token.
+    - `train`, `training_step`, `_save_checkpoint` and a few more, from [`FaultStops`] and [`WholeCheckpoints`].
     - `evaluate` (from [`GreedyEvaluation`]): TRL's samples G rollouts and averages batches; ours ranks greedily.
     - `log`: adds the time of the training part and averages of our own figures.
 
@@ -169,7 +172,9 @@ class RecPOTrainer(GreedyEvaluation, GRPOTrainer):
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.come_to(part)
         yield
+        self.come_to("train")
         self._metrics["train"][f"time/{part}"].append(time.perf_counter() - start)
 
     # ---------------------------------------------------------------- rollouts

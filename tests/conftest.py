@@ -198,7 +198,7 @@ def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
     def build(
         family="llama", model=None, peft=True, reward=None, train=None, validation=None, callbacks=None, **settings
     ):
-        args = RecPOConfig(output_dir=str(tmp_path / "run"), **{**QUICK, **settings})
+        args = RecPOConfig(**{"output_dir": str(tmp_path / "run"), **QUICK, **settings})
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
         return RecPOTrainer(
             model if model is not None else tiny_model(family),

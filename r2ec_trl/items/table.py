@@ -143,7 +143,12 @@ class ItemTable:
         """Write `item_table.safetensors` and `item_table.json` into a folder, each under a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        meta = {"item_ids": self.item_ids, "similarity": self.similarity, "text_hash": self.text_hash}
+        meta = {
+            "item_ids": self.item_ids,
+            "similarity": self.similarity,
+            "text_hash": self.text_hash,
+            "next_row": self._next,
+        }
         (folder / "item_table.json.tmp").write_text(json.dumps(meta))
         save_file({"rows": self.rows.contiguous().cpu()}, folder / "item_table.safetensors.tmp")
         for name in ("item_table.safetensors", "item_table.json"):
@@ -166,3 +171,4 @@ class ItemTable:
                 f"The item table in {folder} belongs to another catalogue, prompt or similarity; encode it anew."
             )
         self._rows = load_file(folder / "item_table.safetensors")["rows"].to(self.device)
+        self._next = meta.get("next_row", 0)
