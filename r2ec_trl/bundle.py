@@ -20,12 +20,14 @@ from r2ec_trl.bundle_parts import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     CARD_FILE,
+    CATALOGUE_FOLDER,
     FORMAT,
     ITEMS_FILE,
     META_FILE,
     TABLE_FILE,
     base_model_hash,
     bundle_folder,
+    catalogue_name,
     check_hashes,
     file_hashes,
     read_items,
@@ -136,7 +138,7 @@ class Bundle:
             )
         try:
             prompt_config = PromptConfig(**meta["prompts"])
-            catalogue = folder / meta["catalogue"]
+            catalogue = folder / catalogue_name(meta["catalogue"])
             protocol, adapter, similarity = meta["protocol"], meta["adapter"], meta["similarity"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / META_FILE} lacks or misspells a key: {error}.") from error
@@ -240,7 +242,8 @@ class Bundle:
             repo_id=repo_id,
             folder_path=self.folder,
             commit_message="Upload recommender",
-            delete_patterns=["catalogue-*/*"],
+            ignore_patterns=[".*"],
+            delete_patterns=[CATALOGUE_FOLDER.format("*/*")],
         )
         return str(commit)
 
@@ -336,12 +339,12 @@ class Bundle:
             current = file_hashes(self.folder, self.prompts.config, items)
             check_hashes({**current, "catalogue": recorded["catalogue"]}, recorded, self.folder)
             hashes = {**recorded, "catalogue": current["catalogue"]}
-            old = self.meta["catalogue"]
             name = write_catalogue(self.folder, items, rows, hashes)
             self.meta.update(catalogue=name, hashes=hashes, num_items=len(items))
             self._write_meta(self.folder)
-            if name != old:
-                shutil.rmtree(self.folder / old)
+            for other in self.folder.glob(CATALOGUE_FOLDER.format("*")):  # the old one, and what a crash left
+                if other.name != name:
+                    shutil.rmtree(other)
             items = read_items(self.folder / name / ITEMS_FILE)
             rows = read_table(self.folder / name / TABLE_FILE)[0].to(self.table.device)
         self.meta["num_items"] = len(items)

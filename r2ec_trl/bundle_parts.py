@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,13 +114,23 @@ def write_catalogue(folder: Path, items: Dataset, rows: torch.Tensor, hashes: Ma
         return name
     temporary = folder / f".{name}.unfinished-{os.getpid()}"
     temporary.mkdir()
-    schema = items.with_format("arrow")[:0].schema.remove_metadata()
-    with pq.ParquetWriter(temporary / ITEMS_FILE, schema) as writer:
-        for batch in arrow_batches(items):
-            writer.write_table(batch.cast(schema))
-    tensor = rows.detach().to("cpu", torch.float32).contiguous()
-    save_file({"rows": tensor}, temporary / TABLE_FILE, metadata=dict(hashes))
-    os.rename(temporary, folder / name)
+    try:
+        schema = items.with_format("arrow")[:0].schema.remove_metadata()
+        with pq.ParquetWriter(temporary / ITEMS_FILE, schema) as writer:
+            for batch in arrow_batches(items):
+                writer.write_table(batch.cast(schema))
+        tensor = rows.detach().to("cpu", torch.float32).contiguous()
+        save_file({"rows": tensor}, temporary / TABLE_FILE, metadata=dict(hashes))
+        os.rename(temporary, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return name
+
+
+def catalogue_name(name: str) -> str:
+    """The name of a catalogue's folder; anything else, such as a path, is a [`UserError`]: old ones are deleted."""
+    if not re.fullmatch(CATALOGUE_FOLDER.format("[0-9a-f]{8}"), name):
+        raise UserError(f"{META_FILE} says that the catalogue is in {name!r}, which is no catalogue's name.")
     return name
 
 

@@ -148,6 +148,8 @@ class Prompts:
         )
         self.marker_ids: list[int] = tokenizer(config.marker, add_special_tokens=False)["input_ids"]
         self._leading = leading_turns(tokenizer)
+        if absent := [name for name in config.item_fields if name not in item_dataset.column_names]:
+            logger.warning("The catalogue has no column %s: item prompts go without.", ", ".join(absent))
 
     def user_messages(self, example: Mapping[str, Any]) -> list[dict[str, str]]:
         """
