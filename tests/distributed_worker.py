@@ -106,7 +106,7 @@ def whole_parameters(trainer):
     return values
 
 
-def build_trainer(case, recorder):
+def build_trainer(case, recorder, trainer_class=RecPOTrainer):
     """The case's trainer, its rollouts replayed."""
     dataset = load_dataset_folder(case["dataset"])
     config_class = RecPOConfig if case["trainer"] == "recpo" else ContrastiveConfig
@@ -116,7 +116,7 @@ def build_trainer(case, recorder):
     train = dataset["train"].select(case["train_rows"])
     if case["trainer"] == "recpo":
         replay_rollouts(args.num_generations)
-        return RecPOTrainer(
+        return trainer_class(
             model, dataset["items"], None, args, train, dataset["validation"], tokenizer, callbacks=[recorder]
         )
     return ContrastiveTrainer(

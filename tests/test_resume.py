@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 
+import kill_resume
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -171,3 +172,11 @@ def test_a_half_written_folder_of_the_same_step_is_replaced(make_trainer, shop, 
     train(make_trainer, shop, tmp_path / "run", max_steps=2)
     assert is_whole(leftover) and not (leftover / "rng_state_7.pth").exists()
     shutil.rmtree(leftover)
+
+
+@pytest.mark.slow
+def test_kill_nine_three_times(tiny_model_folder, shop_folder, tmp_path):
+    """tests/kill_resume.py: each resume ends, with the metrics of an unbroken run."""
+    words = ["--work", tmp_path, "--model", tiny_model_folder("llama"), "--dataset", shop_folder, "--kills", 3]
+    result = kill_resume.main([str(word) for word in words])
+    assert result["kills"] == 3 and result["while_saving"] >= 1
