@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from accelerate.utils import is_peft_model
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 
-from r2ec_trl.errors import UserError
 from r2ec_trl.rollouts import MarkerReader, Rollout
-from r2ec_trl.vllm_guards import adapter_refusal, check_installed, kernel_rank
+from r2ec_trl.vllm_guards import check_evaluated, check_installed, kernel_rank
+
+MEMORY_FOLDER = "/dev/shm"  # files here are memory; the usual temporary folder where there is none
 
 
 def marker_stop(marker: str) -> dict[str, Any]:
@@ -24,21 +31,29 @@ def marker_stop(marker: str) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def adapter_folder(model: Any, parent: str | None = None) -> Iterator[Path]:
+    """The active LoRA adapter as PEFT saves it, in memory (or in `parent`), for as long as the context lasts."""
+    name = model.active_adapters[0]
+    memory = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="r2ec-adapter-", dir=parent or memory) as folder:
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        save_file(state, Path(folder) / "adapter_model.safetensors")
+        model.peft_config[name].save_pretrained(folder)
+        os.chmod(folder, 0o755)  # a server may run as another user
+        yield Path(folder)
+
+
 def load_engine(
-    model_name: str,
-    adapter: str | None = None,
-    max_model_length: int | None = None,
-    gpu_memory_utilization: float = 0.5,
-    **options: Any,
+    policy: Any, max_model_length: int | None = None, gpu_memory_utilization: float = 0.5, **options: Any
 ) -> Any:
     """
-    A vLLM engine whose `generate` answers with the adapter.
+    A vLLM engine that answers as a policy does, its adapter included. For one process; trainers have their own.
 
     Args:
-        model_name (`str`):
-            Folder or hub id of the unquantised base model (or of the whole policy).
-        adapter (`str`, *optional*):
-            Folder or hub id of a saved LoRA adapter.
+        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            An unquantised model from a folder or the hub, as it was loaded, with or without a LoRA adapter.
         max_model_length (`int`, *optional*):
             Longest user prompt and reasoning together; by default the model's own.
         gpu_memory_utilization (`float`, *optional*, defaults to `0.5`):
@@ -50,28 +65,34 @@ def load_engine(
         `vllm.LLM`
 
     Raises:
-        [`UserError`]: when vLLM is missing or cannot apply the adapter.
+        [`UserError`]: when vLLM is missing or cannot be this policy.
     """
     check_installed()
-    lora: dict[str, Any] = {}
-    if adapter is not None:
-        config = PeftConfig.from_pretrained(adapter)
-        if reason := adapter_refusal(config):
-            raise UserError(f"vLLM cannot apply {reason}, as {adapter!r} is; leave `--engine vllm` out.")
-        lora = {"enable_lora": True, "max_lora_rank": kernel_rank(config.r)}
+    check_evaluated(policy)
+    lora = is_peft_model(policy)
+    if lora:
+        rank = policy.peft_config[policy.active_adapters[0]].r
+        options = {"enable_lora": True, "max_lora_rank": kernel_rank(rank), **options}
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     llm = LLM(
-        model=model_name,
+        model=policy.name_or_path,
         max_model_len=max_model_length,
         gpu_memory_utilization=gpu_memory_utilization,
-        **{**lora, **options},
+        **options,
     )
-    if adapter is not None:
-        request = LoRARequest("policy", 1, adapter)
-        llm.generate = functools.partial(type(llm).generate, llm, lora_request=request)
+    if lora:
+        with adapter_folder(policy) as folder:
+            use_adapter(llm, LoRARequest("policy", 1, str(folder)))
     return llm
+
+
+def use_adapter(llm: Any, request: Any) -> None:
+    """Load an adapter now, and let `generate` answer with it from here on."""
+    llm.llm_engine.add_lora(request)
+    llm.generate = functools.partial(type(llm).generate, llm, lora_request=request)
+    llm.reset_prefix_cache()
 
 
 @torch.no_grad()

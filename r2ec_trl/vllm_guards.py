@@ -98,9 +98,8 @@ def check_model(model: Any, args: RecPOConfig) -> None:
     """Raise [`UserError`] where the sampler could not become exactly this policy."""
     if args.vllm_lora_sync and not is_peft_model(model):
         raise UserError("`vllm_lora_sync` sends a LoRA adapter, and this run trains all weights; leave it out.")
-    if not model.name_or_path:
-        raise UserError("vLLM reads the base from a folder or the hub, and this model has no name; save it first.")
-    quantizer = getattr(model, "hf_quantizer", None) or getattr(_base(model), "hf_quantizer", None)
+    _check_named(model)
+    quantizer = getattr(_base(model), "hf_quantizer", None)
     if quantizer is not None:
         _check_quantized(quantizer, args)
     if is_peft_model(model):
@@ -110,6 +109,20 @@ def check_model(model: Any, args: RecPOConfig) -> None:
             "vLLM's CPU backend frees the weights it packs, so none can be pushed into it; add `--vllm_lora_sync` "
             "with a LoRA adapter on an unquantised base, or leave `--use_vllm` out."
         )
+
+
+def check_evaluated(policy: Any) -> None:
+    """Raise [`UserError`] where an engine for evaluation could not become exactly this policy."""
+    _check_named(policy)
+    if getattr(_base(policy), "hf_quantizer", None) is not None:
+        raise UserError("The vLLM engine takes unquantised models; load it unquantised, or leave `--engine vllm` out.")
+    if is_peft_model(policy):
+        _check_adapter(policy, hot_load=True, way_out="leave `--engine vllm` out")
+
+
+def _check_named(model: Any) -> None:
+    if not model.name_or_path:
+        raise UserError("vLLM reads the base from a folder or the hub, and this model has no name; save it first.")
 
 
 def _base(model: Any) -> Any:
@@ -135,7 +148,9 @@ def _check_quantized(quantizer: Any, args: RecPOConfig) -> None:
         )
 
 
-def _check_adapter(model: Any, hot_load: bool) -> None:
+def _check_adapter(
+    model: Any, hot_load: bool, way_out: str = "leave `--vllm_lora_sync` out, and merged weights are pushed"
+) -> None:
     if len(model.active_adapters) != 1:
         raise UserError(f"vLLM follows one adapter, but {model.active_adapters} are active; train one.")
     config = model.peft_config[model.active_adapters[0]]
@@ -145,7 +160,7 @@ def _check_adapter(model: Any, hot_load: bool) -> None:
             "`trainable_token_indices`); leave them out, or `--use_vllm`."
         )
     if hot_load and (reason := adapter_refusal(config)):
-        raise UserError(f"`vllm_lora_sync` cannot send {reason}; leave it out, and merged weights are pushed.")
+        raise UserError(f"vLLM cannot hot-load {reason}; {way_out}.")
     base = model.get_base_model()
     if any(isinstance(layer, LoraLayer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())):
         if hot_load or model.config.tie_word_embeddings:

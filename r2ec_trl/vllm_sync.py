@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from safetensors.torch import save_file
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -23,14 +20,13 @@ from trl.trainer import grpo_trainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.rollouts import MarkerReader, Rollout
-from r2ec_trl.vllm_engine import marker_stop
+from r2ec_trl.vllm_engine import adapter_folder, marker_stop, use_adapter
 from r2ec_trl.vllm_guards import check_installed, check_model, check_server, check_settings, kernel_rank
 
 if TYPE_CHECKING:
     from r2ec_trl.recpo_config import RecPOConfig
     from r2ec_trl.recpo_trainer import RecPOTrainer
 
-MEMORY_FOLDER = "/dev/shm"  # files here are memory; the usual temporary folder where there is none
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 1800.0  # seconds; a request to a server may hold a whole generation batch
 
 
@@ -245,22 +241,11 @@ class AdapterSync(MergedSync):
 
     @contextmanager
     def _adapter_folder(self) -> Iterator[Path]:
-        """The adapter as PEFT saves it; every process takes part, since ZeRO-3 has to gather it."""
-        name = self.model.active_adapters[0]
-        memory = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
-        with (
-            tempfile.TemporaryDirectory(
-                prefix="r2ec-adapter-", dir=self.settings.vllm_lora_folder or memory
-            ) as folder,
-            self._dist.gather_params([param for param in self.model.parameters() if param.requires_grad]),
-        ):
-            state = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
-            state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-            self.sync_bytes = sum(tensor.nbytes for tensor in state.values())
-            save_file(state, Path(folder) / "adapter_model.safetensors")
-            self.model.peft_config[name].save_pretrained(folder)
-            os.chmod(folder, 0o755)  # a server may run as another user
-            yield Path(folder)
+        """The adapter's files; every process takes part, since ZeRO-3 has to gather it."""
+        gathered = self._dist.gather_params([param for param in self.model.parameters() if param.requires_grad])
+        with gathered, adapter_folder(self.model, self.settings.vllm_lora_folder) as folder:
+            self.sync_bytes = (folder / "adapter_model.safetensors").stat().st_size
+            yield folder
 
     def _load_in_engine(self, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
@@ -270,10 +255,7 @@ class AdapterSync(MergedSync):
             with self.model.disable_adapter():
                 for name, weight in self._iter_merged_params():
                     runner.model.load_weights([(name, weight)])
-        request = LoRARequest(f"policy-{self.version}", self.version, str(folder))
-        self.llm.llm_engine.add_lora(request)
-        self.llm.generate = functools.partial(type(self.llm).generate, self.llm, lora_request=request)
-        self.llm.reset_prefix_cache()
+        use_adapter(self.llm, LoRARequest(f"policy-{self.version}", self.version, str(folder)))
 
     def _load_on_server(self, folder: Path) -> None:
         client, before = self.vllm_client, self.vllm_client.model

@@ -205,6 +205,16 @@ def test_quantised_bases(settings, tiny_model, quantization, stored, fields, sen
         vllm_guards.check_model(model, settings(**fields))
 
 
+def test_policies_that_an_engine_for_evaluation_could_not_be(tiny_model):
+    vllm_guards.check_evaluated(policy(tiny_model))
+    with pytest.raises(UserError, match="cannot hot-load a DoRA adapter; leave `--engine vllm` out"):
+        vllm_guards.check_evaluated(policy(tiny_model, use_dora=True))
+    model = policy(tiny_model)
+    model.get_base_model().hf_quantizer = SimpleNamespace()
+    with pytest.raises(UserError, match="takes unquantised models"):
+        vllm_guards.check_evaluated(model)
+
+
 def test_a_cpu_engine_takes_no_pushed_weights(settings, tiny_model, monkeypatch):
     monkeypatch.setattr(vllm_guards, "_frees_packed_weights", lambda: True)
     with pytest.raises(UserError, match="vLLM's CPU backend frees the weights it packs"):

@@ -176,7 +176,7 @@ def test_a_server_gets_each_adapter_under_its_own_name(tiny_model, sync_of):
     names = [name for action, name in client.posts if action == "load_lora_adapter"]
     assert len(set(names)) == len({folder for folder, _ in client.adapters}) == 3
     assert [name for action, name in client.posts if action == "unload_lora_adapter"] == names[:2]
-    assert sync.sync_bytes == sum(tensor.nbytes for tensor in state.values())
+    assert 1 <= sync.sync_bytes / sum(tensor.nbytes for tensor in state.values()) < 1.2  # and a header
 
 
 def test_the_adapter_goes_through_a_shared_folder(tiny_model, sync_of, tmp_path):
