@@ -42,7 +42,7 @@ from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import evaluate_users, make_encoder
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.loading import DEMO, PolicyArguments, load_policy
+from r2ec_trl.loading import DEMO, PolicyArguments, load_policy, quantization_of
 from r2ec_trl.model_card import write_card
 from r2ec_trl.prompts import PromptConfig, Prompts
 
@@ -98,8 +98,7 @@ class Bundle:
             "adapter": base is not model,
             "base_model": DEMO if base_name == str(DEMO_POLICY) else base_name,
             "dtype": str(base.dtype).removeprefix("torch."),
-            "load_in_4bit": bool(getattr(base, "is_loaded_in_4bit", False)),
-            "load_in_8bit": bool(getattr(base, "is_loaded_in_8bit", False)),
+            "quantization": quantization_of(base),
             "prompts": dataclasses.asdict(prompts.config),
             "similarity": table.similarity,
             "protocol": dict(protocol),
@@ -140,6 +139,7 @@ class Bundle:
             prompt_config = PromptConfig(**meta["prompts"])
             catalogue = folder / catalogue_name(meta["catalogue"])
             protocol, adapter, similarity = meta["protocol"], meta["adapter"], meta["similarity"]
+            quantization, dtype, base_model = meta["quantization"], meta["dtype"], meta["base_model"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / META_FILE} lacks or misspells a key: {error}.") from error
         items = read_items(catalogue / ITEMS_FILE)
@@ -148,16 +148,15 @@ class Bundle:
         if not adapter and model_name_or_path is not None:
             raise UserError(f"The bundle {str(folder)!r} holds full weights; leave `model_name_or_path` out.")
         args = PolicyArguments(
-            model_name_or_path=(model_name_or_path or meta["base_model"]) if adapter else str(folder),
+            model_name_or_path=(model_name_or_path or base_model) if adapter else str(folder),
             adapter=str(folder) if adapter else None,
-            dtype=meta["dtype"],
-            load_in_4bit=meta["load_in_4bit"],
-            load_in_8bit=meta["load_in_8bit"],
+            dtype=dtype,
+            **quantization,
         )
         model, tokenizer = load_policy(args, tokenizer_path=str(folder))
         if adapter:
             check_hashes({"base model": base_model_hash(model)}, recorded, folder)
-        if not (meta["load_in_4bit"] or meta["load_in_8bit"]):
+        if not quantization:
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         prompts = Prompts(tokenizer, prompt_config, items)
         card = folder / CARD_FILE

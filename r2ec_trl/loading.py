@@ -134,3 +134,18 @@ def load_policy(
     if args.adapter is None or adapter_config is None:
         return model, tokenizer
     return attach_adapter(model, args.adapter, adapter_config, trainable), tokenizer
+
+
+def quantization_of(model: PreTrainedModel) -> dict[str, Any]:
+    """bitsandbytes' settings by the names of [`PolicyArguments`]; empty for a model loaded as its checkpoint is."""
+    config = getattr(model.config, "quantization_config", None)
+    if getattr(config, "load_in_8bit", False):
+        return {"load_in_8bit": True}
+    if getattr(config, "load_in_4bit", False):
+        nested = config.bnb_4bit_use_double_quant
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+            "use_bnb_nested_quant": nested,
+        }
+    return {}
