@@ -15,6 +15,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import make_encoder
 from r2ec_trl.items.scoring import exclusion_matrix, top_k
 from r2ec_trl.rollouts import MarkerReader, Rollout, generate_reasoning
+from r2ec_trl.vllm_engine import generate_reasoning_vllm
 
 History: TypeAlias = "Sequence[str] | Mapping[str, Any]"
 
@@ -71,6 +72,8 @@ class Recommender:
     Args:
         bundle ([`~r2ec_trl.bundle.Bundle`]):
             Model, prompts, catalogue and item table. Its catalogue may change between calls.
+        engine (`vllm.LLM`, *optional*):
+            Writes the reasonings in place of the model itself; from [`~r2ec_trl.vllm_engine.load_engine`].
 
     Example:
 
@@ -81,8 +84,9 @@ class Recommender:
     ```
     """
 
-    def __init__(self, bundle: Bundle):
+    def __init__(self, bundle: Bundle, engine: Any = None):
         self.bundle = bundle
+        self.engine = engine
         self._titles_of: Any = None  # the catalogue whose titles `_by_title` holds
         self._by_title: dict[str, list[int]] = {}
 
@@ -174,7 +178,9 @@ class Recommender:
         bundle, protocol = self.bundle, self.bundle.meta["protocol"]
         reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
         prompt_ids = [bundle.prompts.user_ids(user) for user in users]
-        if reasoning == "full":
+        if reasoning == "full" and self.engine is not None:
+            rollouts = generate_reasoning_vllm(self.engine, reader, prompt_ids, protocol["max_new_tokens"])
+        elif reasoning == "full":
             rollouts = generate_reasoning(
                 bundle.model, reader, prompt_ids, protocol["max_new_tokens"], 2 * protocol["token_budget"]
             )

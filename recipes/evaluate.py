@@ -3,6 +3,7 @@ Evaluate a policy on a dataset folder: greedy reasoning, then the whole catalogu
 
     accelerate launch recipes/evaluate.py --dataset DATASET_FOLDER --model_name_or_path MODEL --adapter ADAPTER
     accelerate launch recipes/evaluate.py ... --reasoning full none truncated other     # does the reasoning help?
+    python recipes/evaluate.py ... --engine vllm                                      # reasonings at vLLM's speed
 
 Prints Hit / NDCG / MRR @5/10/20 with and without the history mask and 95 % bootstrap intervals, popularity and
 item-to-item counts beside them, and cold targets apart; writes `metrics.json` and `ranks.parquet` with the protocol
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from r2ec_trl.answer_state import add_answer_state
 from r2ec_trl.cli import parse, run
@@ -21,8 +23,9 @@ from r2ec_trl.evaluation import REASONING_MODES, evaluate_users, make_encoder, m
 from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy
 from r2ec_trl.prompts import Prompts
 from r2ec_trl.recpo_config import RecommendationArguments
-from r2ec_trl.rollouts import MarkerReader, generate_reasoning
+from r2ec_trl.rollouts import MarkerReader, Rollout, generate_reasoning
 from r2ec_trl.run_report import first_rows, settings_of, write_evaluation
+from r2ec_trl.vllm_engine import generate_reasoning_vllm, load_engine
 
 
 @dataclass
@@ -37,8 +40,23 @@ class EvaluateArguments(DataArguments, RecommendationArguments):
         default_factory=lambda: ["full"], metadata={"help": f"One or more of {', '.join(REASONING_MODES)}."}
     )
     max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning in tokens."})
+    engine: str = field(
+        default="transformers",
+        metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
+    )
     bf16: bool = field(default=False, metadata={"help": "Run forwards in bfloat16 (the scores stay float32)."})
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of whose reasoning is swapped."})
+
+
+def write_reasonings(
+    args: EvaluateArguments, model: PreTrainedModel, reader: MarkerReader, prompt_ids: list[list[int]]
+) -> list[Rollout]:
+    """Greedy reasonings of all users, by the engine that is named."""
+    if args.engine == "transformers":
+        budget = 2 * args.forward_token_budget
+        return generate_reasoning(model, reader, prompt_ids, args.max_completion_length, budget)
+    llm = load_engine(model, args.max_prompt_length + args.max_completion_length)
+    return generate_reasoning_vllm(llm, reader, prompt_ids, args.max_completion_length)
 
 
 def main() -> None:
@@ -58,7 +76,7 @@ def main() -> None:
         rollouts = None
         if set(args.reasoning) != {"none"}:
             ids = [prompts.user_ids(user) for user in users]
-            rollouts = generate_reasoning(model, reader, ids, args.max_completion_length, 2 * args.forward_token_budget)
+            rollouts = write_reasonings(args, model, reader, ids)
         for reasoning in args.reasoning:
             frame = evaluate_users(
                 model,

@@ -34,6 +34,7 @@ from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_
 from r2ec_trl.prompts import Prompts
 from r2ec_trl.recommender import Recommendation, Recommender
 from r2ec_trl.recpo_config import RecommendationArguments
+from r2ec_trl.vllm_engine import load_engine
 
 
 @dataclass
@@ -56,6 +57,10 @@ class RecommendArguments(DataArguments, RecommendationArguments):
     format: str = field(default="table", metadata={"help": "What is printed.", "choices": ["table", "jsonl"]})
     save_bundle: str | None = field(default=None, metadata={"help": "Write the recommender as a bundle here."})
     max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning, without a bundle."})
+    engine: str = field(
+        default="transformers",
+        metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
+    )
     device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
 
 
@@ -134,7 +139,11 @@ def main() -> None:
     bundle = make_bundle(args, policy_args) if args.bundle is None else load_bundle(args, policy_args)
     if args.save_bundle is not None:
         bundle.save(args.save_bundle)
-    results = Recommender(bundle).recommend(
+    engine = None
+    if args.engine == "vllm":
+        length = bundle.prompts.config.max_prompt_length + bundle.meta["protocol"]["max_new_tokens"]
+        engine = load_engine(bundle.model, length)
+    results = Recommender(bundle, engine).recommend(
         users,
         args.k,
         exclude_history=args.exclude_history,
