@@ -17,6 +17,7 @@ from r2ec_trl.evaluation import make_encoder, make_table
 from r2ec_trl.faults import FaultStops
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.objective import contrastive_loss, mean_pairwise_cosine
+from r2ec_trl.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 from r2ec_trl.prompts import Prompts
 from r2ec_trl.recpo_config import RecommendationArguments
 
@@ -26,12 +27,14 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
     """[`~transformers.TrainingArguments`] with the shared recommendation settings."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
+    optim: str = field(default=AUTO, metadata={"help": OPTIM_HELP})
     per_device_train_batch_size: int = field(default=24, metadata={"help": "Users a step: each other's negatives."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the collator needs them."})
     bf16: bool | None = field(default=None, metadata={"help": "By default on a GPU that supports it."})
 
     def __post_init__(self) -> None:
+        self.optim = resolve_optimizer(self.optim, self.use_cpu)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.metric_for_best_model is None:

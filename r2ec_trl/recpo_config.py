@@ -9,6 +9,7 @@ import torch
 from trl import GRPOConfig
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 from r2ec_trl.prompts import ITEM_TEMPLATE, USER_TEMPLATE, PromptConfig
 
 PROMPT_PRESETS: dict[str, dict[str, Any]] = {
@@ -124,6 +125,7 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate (paper: 1e-5)."})
+    optim: str = field(default=AUTO, metadata={"help": OPTIM_HELP})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs at most (paper: 3, with early stopping)."})
     warmup_steps: float = field(default=32, metadata={"help": "Linear warm-up steps (paper: 32)."})
     num_generations: int | None = field(default=4, metadata={"help": "G, rollouts a user (paper: 4)."})
@@ -207,6 +209,7 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self.optim = resolve_optimizer(self.optim, self.use_cpu)
         if self.bf16 is None:  # TRL's default is True, which a CPU refuses
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.vllm_importance_sampling_correction is None:

@@ -1,0 +1,42 @@
+"""Which optimizer trains where none is named."""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+QUANTISED = "paged_adamw_8bit"
+PLAIN = "adamw_torch"
+OPTIM_HELP = (
+    "Optimizer. 'auto': paged 8-bit AdamW of bitsandbytes on a GPU (the paper's), plain AdamW where there is none."
+)
+
+
+def resolve_optimizer(name: str, use_cpu: bool) -> str:
+    """
+    The name transformers knows for `"auto"`; any other as it is. What it came to is said once.
+
+    Args:
+        name (`str`):
+            `optim` of the settings.
+        use_cpu (`bool`):
+            Whether a GPU is left alone.
+    """
+    if name != AUTO:
+        return name
+    if use_cpu or not torch.cuda.is_available():
+        _say("No GPU: plain AdamW instead of the paper's paged 8-bit one (--optim names another).")
+        return PLAIN
+    if importlib.util.find_spec("bitsandbytes") is None:
+        _say("bitsandbytes is not installed: plain AdamW instead of the paper's paged 8-bit one.")
+        return PLAIN
+    return QUANTISED
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    logger.warning(sentence)
