@@ -79,8 +79,8 @@ def assert_only_the_adapter_moved(trainer, logs, before, after, steps):
     base = [name for name in before if "lora_" not in name]
     quantised = [name for name in base if before[name].dtype == torch.uint8 and "absmax" not in name]
     assert len(quantised) >= 14 and all(torch.equal(before[name], after[name]) for name in base)
-    moved = [name for name in before if "lora_" in name and not torch.equal(before[name], after[name])]
-    assert len(moved) > len(quantised)
+    adapter = [name for name in before if "lora_" in name]
+    assert adapter and not any(torch.equal(before[name], after[name]) for name in adapter)
 
 
 def test_qlora_steps_leave_the_base_as_it_was_bit_for_bit(tiny_model_folder, shop, tmp_path):
