@@ -138,7 +138,7 @@ def load_policy(
 
 def quantization_of(model: PreTrainedModel) -> dict[str, Any]:
     """bitsandbytes' settings by the names of [`PolicyArguments`]; empty for a model loaded as its checkpoint is."""
-    config = getattr(model.config, "quantization_config", None)
+    config: Any = getattr(model.config, "quantization_config", None)
     if getattr(config, "load_in_8bit", False):
         return {"load_in_8bit": True}
     if getattr(config, "load_in_4bit", False):
