@@ -55,6 +55,7 @@ from r2ec_trl.data import (
     prompt_lengths,
     save_dataset_folder,
 )
+from r2ec_trl.data.amazon import DOWNLOADS
 from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.data.events import parse_date
 from r2ec_trl.data.schema import ITEMS, refuse_to_overwrite
@@ -79,7 +80,7 @@ class SourceArguments:
     reviews: str = field(
         default="5core", metadata={"help": "Amazon: raw, 0core, 5core, or a benchmark split such as 5core_last_out."}
     )
-    download_dir: str = field(default="amazon_2023", metadata={"help": "Where files fetched by URL are kept."})
+    download_dir: str = field(default=DOWNLOADS, metadata={"help": "Where files fetched by URL are kept."})
     items: str | None = field(default=None, metadata={"help": "Table: file of the items."})
     user_column: str = field(default="user_id", metadata={"help": "Table and RecBole: column of the user."})
     item_column: str = field(default="item_id", metadata={"help": "Table and RecBole: column of the item."})
@@ -159,6 +160,7 @@ class OutputArguments:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     source, filters, split, output = parse(
         (SourceArguments, FilterArguments, SplitArguments, OutputArguments), description=__doc__
     )

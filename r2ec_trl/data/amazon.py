@@ -18,6 +18,7 @@ from .source import SPLIT_CODES, Source, check_interactions
 HUB = "McAuley-Lab/Amazon-Reviews-2023"
 AUTHORS_URL = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023"
 REVIEWS = ("raw", "0core", "5core", "0core_last_out", "5core_last_out", "0core_timestamp", "5core_timestamp")
+DOWNLOADS = "~/.cache/r2ec_trl/amazon_2023"
 FIELDS = ("description", "features", "categories", "store", "price")
 
 _COLUMNS = {"user_id": "user_id", "item_id": "parent_asin", "rating": "rating", "timestamp": "timestamp"}
@@ -42,7 +43,7 @@ def import_amazon(
     where: str | os.PathLike[str] = "hub",
     *,
     reviews: str = "5core",
-    download_dir: str | os.PathLike[str] = "amazon_2023",
+    download_dir: str | os.PathLike[str] = DOWNLOADS,
     skip_bad_rows: bool = False,
     progress: Progress | None = None,
 ) -> Source:
@@ -58,7 +59,7 @@ def import_amazon(
         reviews (`str`, *optional*, defaults to `"5core"`):
             `"raw"` (all reviews), `"0core"` (the first of each user and item) or `"5core"`; with `_last_out` or
             `_timestamp` the benchmark's own splits, for the split rule `given`.
-        download_dir (`str` or `os.PathLike`, *optional*, defaults to `"amazon_2023"`):
+        download_dir (`str` or `os.PathLike`, *optional*, defaults to `"~/.cache/r2ec_trl/amazon_2023"`):
             Where files fetched by URL are kept; the hub has its own cache.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Leave bad rows out and count them.
@@ -103,7 +104,9 @@ def locate(
     if address == "hub":
         return _from_hub(name)
     if address.startswith(("http://", "https://")):
-        return download(f"{address.rstrip('/')}/{name}.gz", Path(download_dir) / f"{name}.gz", progress=progress)
+        return download(
+            f"{address.rstrip('/')}/{name}.gz", Path(download_dir).expanduser() / f"{name}.gz", progress=progress
+        )
     folder, plain = Path(where), Path(name)
     stem = plain.name.removesuffix(plain.suffix)
     for candidate in (name, f"{name}.gz", plain.name, f"{plain.name}.gz", f"{stem}.parquet"):

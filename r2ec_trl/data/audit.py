@@ -28,7 +28,6 @@ LEAKS = {
     "train_after_held_out": "train rows later than a held-out target of the same user",
     "splits_overlap_in_time": "train or validation targets later than the next split begins",
 }
-_BATCH_ROWS = 500_000
 
 
 class _Columns:
@@ -37,7 +36,7 @@ class _Columns:
     def __init__(self, rows: Dataset, items: pa.Array, users: pa.Array):
         parts: dict[str, list[np.ndarray]] = {}
         self.in_histories = np.zeros(len(items), np.int64)
-        for table in arrow_batches(rows, _BATCH_ROWS):
+        for table in arrow_batches(rows):
             for name, values in self._reduce(table.combine_chunks(), items, users).items():
                 parts.setdefault(name, []).append(values)
         self.parts = {name: np.concatenate(values) for name, values in parts.items()}

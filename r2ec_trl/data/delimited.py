@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..errors import UserError
-from .readers import BLOCK_BYTES, ROW, UNREADABLE, blocks, read_jsonl
-from .source import number_rows
+from .readers import BLOCK_BYTES, ROW, UNREADABLE, blocks, listing, read_jsonl
+
+_PARQUET_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def read_table(
         frames = read_jsonl(path, schema, skip_bad_rows=skipped is not None, dropped=skipped)
         return _without_absent(frames, columns, optional, path)
     if dialect is None and name.endswith((".parquet", ".pq")):
-        return iter([_read_parquet(path, columns, optional)])
+        return _read_parquet(path, columns, optional)
     if dialect is None:
         dialect = Dialect(separator="\t" if name.endswith((".tsv", ".tab")) else ",")
     return _read_delimited(path, columns, dialect, optional, skipped)
@@ -81,7 +84,8 @@ def read_table(
 def column_names(path: str | os.PathLike[str], dialect: Dialect | None = None) -> list[str]:
     """The columns a delimited or parquet file has."""
     if dialect is None and Path(path).name.lower().endswith((".parquet", ".pq")):
-        return list(_parquet_schema(path))
+        with _open_parquet(path) as file:
+            return list(file.schema_arrow.names)
     dialect = dialect or Dialect(separator="\t" if ".tsv" in Path(path).name.lower() else ",")
     first = next(blocks(path, 1 << 16), (1, b""))[1]
     return _header(first.split(b"\n", 1)[0], dialect, path)
@@ -92,7 +96,7 @@ def _chosen(
 ) -> dict[str, str]:
     for name, source in columns.items():
         if source not in found and name not in optional:
-            raise UserError(f"{path} has no column '{source}' (for {name}); it has {', '.join(found)}.")
+            raise UserError(f"{path} has no column '{source}' (for {name}); it has {listing(found)}.")
     return {name: source for name, source in columns.items() if source in found}
 
 
@@ -108,23 +112,34 @@ def _without_absent(
         yield frame.select(ROW, **{name: pl.col(source) for name, source in chosen.items()})
 
 
-def _parquet_schema(path: str | os.PathLike[str]) -> pl.Schema:
+def _open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
     try:
-        return pl.scan_parquet(Path(path), glob=False).collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}).") from error
 
 
-def _read_parquet(path: str | os.PathLike[str], columns: Mapping[str, str], optional: Sequence[str]) -> pl.DataFrame:
-    chosen = _chosen(columns, list(_parquet_schema(path)), optional, path)
-    try:
-        return number_rows(
-            pl.scan_parquet(Path(path), glob=False)
-            .select(**{name: pl.col(at) for name, at in chosen.items()})
-            .collect()
-        )
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}): fetch the file again.") from error
+def _read_parquet(
+    path: str | os.PathLike[str], columns: Mapping[str, str], optional: Sequence[str]
+) -> Iterator[pl.DataFrame]:
+    """In batches, by Arrow: polars' own reader ends the program where a file is damaged."""
+    row = 1
+    with _open_parquet(path) as file:
+        chosen = _chosen(columns, file.schema_arrow.names, optional, path)
+        try:
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(chosen.values())):
+                batch.validate(full=True)  # text that is not UTF-8 would be undefined behaviour in polars
+                frame = pl.DataFrame({name: _plain(batch.column(at)) for name, at in chosen.items()})
+                yield frame.select(pl.int_range(row, row + pl.len(), dtype=pl.Int64).alias(ROW), pl.all())
+                row += frame.height
+        except (pa.ArrowException, OSError, ValueError, pl.exceptions.PolarsError) as error:
+            raise UserError(f"{path} is damaged after row {row - 1} ({_first_line(error)}).") from error
+
+
+def _plain(values: pa.Array) -> pl.Series:
+    """Without a time zone: seconds are counted from the same moment, and a damaged name would end the program."""
+    zoned = pa.types.is_timestamp(values.type) and values.type.tz is not None
+    return pl.Series(values.cast(pa.timestamp(values.type.unit)) if zoned else values)
 
 
 def _read_delimited(
@@ -256,7 +271,7 @@ def _header(line: bytes, dialect: Dialect, path: str | os.PathLike[str]) -> list
         raise UserError(f"{path} has no header line to name its columns.")
     repeated = [name for name, count in Counter(fields).items() if count > 1]
     if repeated:
-        raise UserError(f"{path} names column '{repeated[0]}' twice in its header line: rename one.")
+        raise UserError(f"{path} names column '{listing(repeated[:1])}' twice in its header line: rename one.")
     return fields
 
 

@@ -39,7 +39,6 @@ def download(
     path = Path(path)
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     left, fault = attempts, ""
     while left:
@@ -82,6 +81,7 @@ def _fetch(url: str, part: Path, name: str, progress: Progress | None, timeout: 
             total = _total(response.headers.get("Content-Range"))
         else:
             done, total = 0, int(response.headers.get("Content-Length") or 0)
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if done else "wb") as file:
             while chunk := response.read(_CHUNK):
                 file.write(chunk)

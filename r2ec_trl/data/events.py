@@ -74,7 +74,7 @@ def sort_events(source: Source, tie_break: str = "hash") -> Events:
         time=pl.col("timestamp"),
         **{name: pl.col(name) for name in ("rating", "split") if name in frame.columns},
     )
-    coded = coded.sort(["user", "time"], maintain_order=True)
+    coded = coded.sort(_history_key(coded), maintain_order=True)
     if tie_break != "file":
         coded = _order_ties(coded, user_ids, item_ids, tie_break)
     return Events(
@@ -87,6 +87,16 @@ def sort_events(source: Source, tie_break: str = "hash") -> Events:
         item_ids=item_ids,
         ticks_per_second=source.ticks_per_second,
     )
+
+
+def _history_key(coded: pl.DataFrame) -> pl.Series | list[str]:
+    """User and time in one number where they fit into 64 bits, which sorts in half the time."""
+    user, time = coded["user"].to_numpy().astype(np.uint64), coded["time"].to_numpy()
+    first = time.min()
+    bits = int(time.max() - first).bit_length()
+    if bits + int(user.max()).bit_length() > 64:
+        return ["user", "time"]
+    return pl.Series((user << np.uint64(bits)) | (time - first).astype(np.uint64))
 
 
 def _order_ties(coded: pl.DataFrame, user_ids: pl.Series, item_ids: pl.Series, tie_break: str) -> pl.DataFrame:
@@ -113,18 +123,31 @@ def drop_repeats(events: Events, repeats: str, dropped: Counter[str]) -> Events:
     Drop duplicates (same user, item and second; the first stays), and of the same item bought again by the same user
     keep all (`"keep"`), the `"first"` or the `"last"`.
     """
-    second = events.time // events.ticks_per_second
-    frame = pl.DataFrame({"user": events.user, "item": events.item, "second": second})
-    first = frame.select(pl.struct("user", "item", "second").is_first_distinct()).to_series().to_numpy()
-    dropped["duplicate of user, item and second"] += int(len(first) - first.sum())
-    events, frame = events.keep(first), frame.filter(pl.Series(first))
+    mask = _first_of_second(events)
+    dropped["duplicate of user, item and second"] += int(len(mask) - mask.sum())
+    events = events.keep(mask)
     if repeats != "keep":
-        pair = pl.struct("user", "item")
-        kept = frame.select(pair.is_first_distinct() if repeats == "first" else pair.is_last_distinct())
-        mask = kept.to_series().to_numpy()
+        pair = pl.Series(pairs(events))
+        mask = (pair.is_first_distinct() if repeats == "first" else pair.is_last_distinct()).to_numpy()
         dropped[f"repeat of user and item (kept: {repeats})"] += int(len(mask) - mask.sum())
         events = events.keep(mask)
     return events
+
+
+def pairs(events: Events) -> np.ndarray:
+    """User and item of each event in one number."""
+    return (events.user.astype(np.uint64) << np.uint64(32)) | events.item
+
+
+def _first_of_second(events: Events) -> np.ndarray:
+    """False where the same user has the same item in the same second before; only such seconds are looked at."""
+    second = events.time // events.ticks_per_second
+    same = np.r_[False, (events.user[1:] == events.user[:-1]) & (second[1:] == second[:-1])]
+    shared = np.flatnonzero(same | np.r_[same[1:], False])
+    columns = {"pair": pairs(events)[shared], "second": second[shared]}
+    mask = np.ones(len(events), bool)
+    mask[shared] = pl.DataFrame(columns).select(pl.struct("pair", "second").is_first_distinct()).to_series().to_numpy()
+    return mask
 
 
 def drop_items(events: Events, items: pl.Series, cause: str, dropped: Counter[str]) -> Events:

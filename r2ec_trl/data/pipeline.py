@@ -16,7 +16,7 @@ from datasets import DatasetDict
 from ..errors import UserError
 from .arrow import to_dataset
 from .catalogue import ItemFilter, filter_items
-from .events import Events, drop_repeats, k_core, sort_events, time_window
+from .events import Events, drop_repeats, k_core, pairs, sort_events, time_window
 from .rows import write_rows
 from .schema import ITEMS
 from .source import Source
@@ -166,15 +166,13 @@ def _catalogue(items: pl.DataFrame, events: Events) -> pl.DataFrame:
 def _facts(events: Events) -> dict[str, Any]:
     same_user = events.user[1:] == events.user[:-1]
     tied = same_user & (events.time[1:] == events.time[:-1])
-    frame = pl.DataFrame({"user": events.user, "item": events.item})
-    users, items = (frame[name].n_unique() for name in ("user", "item"))
-    pairs = frame.n_unique()
+    users, items, distinct = (pl.Series(codes).n_unique() for codes in (events.user, events.item, pairs(events)))
     return {
         "interactions": len(events),
         "users": users,
         "items": items,
         "density": len(events) / (users * items),
-        "repeated_purchases": len(events) - pairs,
+        "repeated_purchases": len(events) - distinct,
         "tied_with_the_one_before": int(tied.sum()),
         "tied_share": float(tied.sum() / max(same_user.sum(), 1)),
     }

@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import polars as pl
@@ -122,6 +122,12 @@ def _line_by_line(
             columns[name].append(value)
         numbers.append(row)
     return pl.DataFrame({**columns, ROW: numbers}, schema={**schema, ROW: pl.Int64})
+
+
+def listing(names: Iterable[str], most: int = 30) -> str:
+    """Names from a file for a sentence: in one line, and not without end."""
+    shown = [" ".join(name.split())[:60] for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
 
 def parse_object(line: bytes) -> dict[str, Any]:

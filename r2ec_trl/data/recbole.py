@@ -10,6 +10,7 @@ import polars as pl
 
 from ..errors import UserError
 from .delimited import Dialect, column_names, read_table
+from .readers import listing
 from .source import SPLIT_CODES, Source, check_interactions
 from .tabular import import_items
 
@@ -89,9 +90,9 @@ def _items(path: Path, item_column: str, title_column: str | None, skipped: Coun
     types = _typed_names(path)
     title = title_column or next((name for name in _TITLES if name in types), None)
     if title is None:
-        raise UserError(f"{path} has no title among {', '.join(types)}: name it with --title_column.")
+        raise UserError(f"{path} has no title among {listing(types)}: name it with --title_column.")
     for name in (item_column, title):
         if name not in types:
-            raise UserError(f"{path} has no column '{name}'; it has {', '.join(types)}.")
+            raise UserError(f"{path} has no column '{name}'; it has {listing(types)}.")
     items = import_items(path, types[item_column], types[title], dialect=_DIALECT, skipped=skipped)
     return items.rename({cell: name for name, cell in types.items() if cell in items.columns and name not in items})

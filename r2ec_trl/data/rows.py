@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from .events import Events
+from .schema import BATCH_ROWS
 from .splits import Targets, first_of_user
 
-BLOCK_ROWS = 200_000
+IN_MEMORY = 20_000_000  # history items of a split: about a gigabyte
 
 
 def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int) -> Dataset:
     """
-    Write the rows of a split to an Arrow file and open it memory-mapped.
+    The rows of a split, in memory or, where they are many, in an Arrow file that is opened memory-mapped.
 
     Args:
         targets ([`~r2ec_trl.data.splits.Targets`]):
@@ -28,33 +30,32 @@ def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int)
         max_history (`int`):
             Longest history: the last so many interactions before the target.
     """
-    events = targets.events
+    events, positions = targets
     user_ids, item_ids = (ids.to_arrow().cast(pa.string()) for ids in (events.user_ids, events.item_ids))
     first = first_of_user(events.user)
+    starts = np.maximum(first[positions], positions - max_history)
+    batches = (
+        _block(events, positions[at : at + BATCH_ROWS], starts[at : at + BATCH_ROWS], user_ids, item_ids)
+        for at in range(0, len(positions), BATCH_ROWS)
+    )
+    if (positions - starts).sum() <= IN_MEMORY:
+        return Dataset(pa.Table.from_batches(list(batches)))
     with pa.OSFile(str(path), "wb") as file:
-        writer: pa.RecordBatchStreamWriter | None = None
-        for at in range(0, max(len(targets.positions), 1), BLOCK_ROWS):
-            batch = _block(events, targets.positions[at : at + BLOCK_ROWS], first, max_history, user_ids, item_ids)
-            writer = writer or pa.ipc.new_stream(file, batch.schema)
-            writer.write_batch(batch)
-        assert writer is not None
-        writer.close()
+        head = next(batches)
+        with pa.ipc.new_stream(file, head.schema) as writer:
+            for batch in itertools.chain([head], batches):
+                writer.write_batch(batch)
     return Dataset.from_file(str(Path(path)))
 
 
 def _block(
-    events: Events,
-    positions: np.ndarray,
-    first: np.ndarray,
-    max_history: int,
-    user_ids: pa.Array,
-    item_ids: pa.Array,
+    events: Events, positions: np.ndarray, starts: np.ndarray, user_ids: pa.Array, item_ids: pa.Array
 ) -> pa.RecordBatch:
-    lengths = np.minimum(positions - first[positions], max_history)
+    lengths = positions - starts
     offsets = np.zeros(len(positions) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
     # Position of every history item: each window runs up to its target.
-    flat = np.arange(offsets[-1]) + np.repeat(positions - lengths - offsets[:-1], lengths)
+    flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
     def lists(values: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets), values, type=pa.list_(pa.field("item", values.type)))

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from datasets import Dataset, DatasetDict
 
 from ..errors import UserError
 from .fingerprint import sha256_of
+from .readers import listing
 
 SPLITS = ("train", "validation", "test")
 ITEMS = "items"
@@ -34,7 +36,7 @@ _OPTIONAL = {
     "history_timestamps": "list of whole seconds",
     "timestamp": "whole seconds",
 }
-_BATCH_ROWS = 500_000
+BATCH_ROWS = 500_000
 
 
 def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:
@@ -101,12 +103,15 @@ def save_dataset_folder(dataset: DatasetDict, path: str | os.PathLike[str], card
     refuse_to_overwrite(target)
     _require_card_keys(card, "The dataset card")
     validate_dataset(dataset, str(path))
-    digests = {split: sha256_of(arrow_batches(dataset[split])) for split in (*SPLITS, ITEMS)}
-    counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in (*SPLITS, ITEMS)}}
     temporary = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_splits(dataset, temporary, digests)
+        with ThreadPoolExecutor() as pool:  # hashing and writing both leave the interpreter free
+            hashed = {split: pool.submit(sha256_of, arrow_batches(dataset[split])) for split in (*SPLITS, ITEMS)}
+            _write_splits(dataset, temporary)
+            digests = {split: future.result() for split, future in hashed.items()}
+        _name_splits(temporary, digests)
+        counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in (*SPLITS, ITEMS)}}
         text = json.dumps({**card, "counts": counts, "sha256": digests}, indent=2, ensure_ascii=False)
         (temporary / CARD).write_text(text + "\n", encoding="utf-8")
         os.rename(temporary, target)
@@ -144,26 +149,45 @@ def validate_dataset(dataset: DatasetDict, source: str) -> None:
         _check_rows(dataset[split], catalogue, f"{source}: split '{split}'")
 
 
-def arrow_batches(dataset: Dataset, rows: int = _BATCH_ROWS) -> Iterator[pa.Table]:
+def arrow_batches(dataset: Dataset, rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
     """The rows of a split as Arrow tables, also when the split was selected or shuffled before."""
     return dataset.with_format("arrow").iter(batch_size=rows)
 
 
-def _write_splits(dataset: DatasetDict, folder: Path, digests: dict[str, str]) -> None:
-    """`save_to_disk` without what changes from run to run: fingerprint, format and cache history."""
-    clean = DatasetDict()
+def _write_splits(dataset: DatasetDict, folder: Path) -> None:
+    """
+    What `save_to_disk` writes, without what changes from run to run (format, cache history).
+
+    It is asked to write the splits without rows, and Arrow then writes the rows: `save_to_disk` itself spends most of
+    its time between batches of a thousand rows.
+    """
+    frame = DatasetDict()
     for split in (*SPLITS, ITEMS):
-        part = dataset[split].with_format(None)
+        part = dataset[split].with_format(None).select([]).flatten_indices()
         part.info.download_checksums = None
-        part._fingerprint = digests[split][:16]
-        clean[split] = part
+        frame[split] = part
     was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        clean.save_to_disk(str(folder), num_shards={split: 1 for split in clean})
+        frame.save_to_disk(str(folder), num_shards={split: 1 for split in frame})
     finally:
         if was_enabled:
             datasets.enable_progress_bars()
+    for split in frame:
+        state = json.loads((folder / split / "state.json").read_text(encoding="utf-8"))
+        schema = frame[split].features.arrow_schema
+        with pa.ipc.new_stream(str(folder / split / state["_data_files"][0]["filename"]), schema) as writer:
+            for batch in arrow_batches(dataset[split]):
+                writer.write_table(batch.combine_chunks().cast(schema))
+
+
+def _name_splits(folder: Path, digests: dict[str, str]) -> None:
+    """The fingerprint that `datasets` caches by: of the rows alone, so that it does not change from run to run."""
+    for split, digest in digests.items():
+        file = folder / split / "state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        state["_fingerprint"] = digest[:16]
+        file.write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _checked_catalogue(items: Dataset, where: str) -> pa.Array:
@@ -241,7 +265,7 @@ def _first_row(rows: Dataset, column: str, test: Any) -> int | None:
 
 def _check_column(rows: Dataset, column: str, kind: str, where: str) -> None:
     if column not in rows.column_names:
-        raise UserError(f"{where} has no column '{column}'; it has {', '.join(rows.column_names)}.")
+        raise UserError(f"{where} has no column '{column}'; it has {listing(rows.column_names)}.")
     found = rows.features.arrow_schema.field(column).type
     if not _is_kind(found, kind):
         raise UserError(f"{where}: column '{column}' holds {found}, but must be a {kind}.")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from ..errors import UserError
-from .readers import ROW, reject
+from .readers import reject
 
 TOO_LATE = 100_000_000_000  # seconds: the year 5138
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
+_PARSED = "__parsed__"
 SPLIT_CODES = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -83,33 +84,31 @@ def _check(
         frame = reject(frame, pl.col(column).is_null() | (pl.col(column) == ""), f"has no {column}", path, skipped)
     columns = ["user_id", "item_id", "timestamp"]
     if "rating" in frame.columns:
-        number = pl.col("rating").cast(pl.Float64, strict=False)
-        bad = number.is_null() | ~number.is_finite()
-        frame = reject(frame, bad, "has a rating that is no number", path, skipped, "rating")
-        frame = frame.with_columns(number)
+        frame = frame.with_columns(pl.col("rating").cast(pl.Float64, strict=False).alias(_PARSED))
+        fault = "has a rating that is no number"
+        frame = reject(frame, ~pl.col(_PARSED).is_finite(), fault, path, skipped, "rating")
+        frame = frame.with_columns(pl.col(_PARSED).alias("rating"))
         columns.insert(2, "rating")
     if "split" in frame.columns:
         columns.append("split")
-    time = _ticks("timestamp", frame.schema["timestamp"], ticks)
+    frame = frame.with_columns(_ticks(frame["timestamp"], ticks).alias(_PARSED))
+    time = pl.col(_PARSED)
     frame = reject(frame, time.is_null(), "has a timestamp that is no whole number", path, skipped, "timestamp")
     frame = reject(frame, time < 0, "has a negative timestamp", path, skipped, "timestamp")
     late = "has a timestamp after the year 5000 (is --timestamp_unit right?)"
     frame = reject(frame, time > TOO_LATE * ticks, late, path, skipped, "timestamp")
-    return frame.with_columns(time).select(columns)
+    return frame.with_columns(time.alias("timestamp")).select(columns)
 
 
-def _ticks(column: str, kind: pl.DataType, ticks: int) -> pl.Expr:
+def _ticks(time: pl.Series, ticks: int) -> pl.Series:
     """Whole ticks, null where there are none: `881250949`, `8.8e8` and `5.0` are whole numbers, `5.5` is not."""
-    value = pl.col(column)
-    if isinstance(kind, (pl.Datetime, pl.Date)):
-        return value.cast(pl.Datetime("us")).dt.epoch("us") // (1_000_000 // ticks)
-    if kind.is_integer():
-        return value.cast(pl.Int64, strict=False)
-    number = value.cast(pl.Float64, strict=False)
-    whole = pl.when(number.is_finite() & (number == number.floor())).then(number).cast(pl.Int64, strict=False)
-    return pl.coalesce(value.cast(pl.Int64, strict=False), whole) if kind == pl.String else whole
-
-
-def number_rows(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame with its row number, from 1, in column [`ROW`]."""
-    return frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(ROW))
+    if isinstance(time.dtype, (pl.Datetime, pl.Date)):
+        return time.cast(pl.Datetime("us")).dt.epoch("us") // (1_000_000 // ticks)
+    whole = time.cast(pl.Int64, strict=False) if time.dtype == pl.String or time.dtype.is_integer() else None
+    if whole is not None and (whole.null_count() == 0 or time.dtype != pl.String):
+        return whole
+    number = time.cast(pl.Float64, strict=False)
+    value = pl.col(number.name)
+    is_whole = value.is_finite() & (value == value.floor())
+    rounded = number.to_frame().select(pl.when(is_whole).then(value)).to_series().cast(pl.Int64, strict=False)
+    return rounded if whole is None else whole.zip_with(whole.is_not_null(), rounded)

@@ -10,7 +10,7 @@ import polars as pl
 
 from ..errors import UserError
 from .delimited import Dialect, column_names, read_table
-from .readers import ROW, reject
+from .readers import ROW, listing, reject
 from .sequences import read_items
 from .source import SPLIT_CODES, Source, check_interactions
 
@@ -84,7 +84,7 @@ def import_items(
     found = column_names(path, dialect)
     for name in (item_column, title_column):
         if name not in found:
-            raise UserError(f"{path} has no column '{name}'; it has {', '.join(found)}.")
+            raise UserError(f"{path} has no column '{name}'; it has {listing(found)}.")
     others = {name: name for name in found if name not in (item_column, title_column, "item_id", "title")}
     columns = {"item_id": item_column, "title": title_column, **others}
     frames = list(read_table(path, columns, dialect=dialect, skipped=skipped))

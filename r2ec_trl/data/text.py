@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from ..errors import UserError
+from .readers import listing
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ FUTURE_FIELDS = ("average_rating", "rating_number")
 _TAG = r"(?s)<!--.*?-->|<script\b[^<>]*>.*?</script\s*>|<style\b[^<>]*>.*?</style\s*>|</?[a-zA-Z][^<>]*>"
 _ENTITY = r"&#?[0-9a-zA-Z]+;?"
 _INVISIBLE = r"[\u{00ad}\u{200b}\u{feff}]"
-_BLANKS = r"[\s\p{Cc}]+"
+_BLANK = r"[[\s\p{Cc}]--[ ]]"
 
 
 def item_text(items: pl.DataFrame, fields: Sequence[str] | None, max_words: int | None) -> pl.DataFrame:
@@ -39,7 +40,7 @@ def item_text(items: pl.DataFrame, fields: Sequence[str] | None, max_words: int 
         chosen = [name for name in dict.fromkeys(fields) if name != "title"]
         unknown = [name for name in chosen if name not in known]
         if unknown:
-            raise UserError(f"--item_fields names '{unknown[0]}', which the items lack: they have {', '.join(known)}.")
+            raise UserError(f"--item_fields names '{unknown[0]}', which the items lack: they have {listing(known)}.")
     for name in chosen:
         if name in FUTURE_FIELDS:
             logger.warning("Item field %s was crawled after the split and leaks the future into item text.", name)
@@ -58,7 +59,8 @@ def clean_text(text: pl.Series, max_words: int | None = None) -> pl.Series:
 
 
 def _collapse(text: pl.Series) -> pl.Series:
-    return text.str.replace_all(_INVISIBLE, "").str.replace_all(_BLANKS, " ").str.strip_chars(" ")
+    text = text.str.replace_all(_INVISIBLE, "").str.replace_all(_BLANK, " ")
+    return text.str.replace_all(" {2,}", " ").str.strip_chars(" ")
 
 
 def _without_markup(text: pl.Series) -> pl.Series:

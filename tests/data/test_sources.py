@@ -265,12 +265,12 @@ def test_movielens_csv(tmp_path):
         "userId,movieId,rating,timestamp\n1,296,5.0,1147880044\n1,306,3.5,1147868817\n"
     )
     (tmp_path / "movies.csv").write_text(
-        'movieId,title,genres\n296,"American President, The (1995)",Comedy|Drama\n306,"Say ""Hi""",(no genres listed)\n'
+        'movieId,title,genres\n296,"President, The (1995)",Comedy|Drama\n306,"Say ""Hi""",(no genres listed)\n'
     )
     source = import_movielens(tmp_path)
     assert source.interactions.rows() == [("1", "296", 5.0, 1147880044), ("1", "306", 3.5, 1147868817)]
     assert source.items.to_dicts() == [
-        {"item_id": "296", "title": "American President, The (1995)", "genres": ["Comedy", "Drama"], "year": "1995"},
+        {"item_id": "296", "title": "President, The (1995)", "genres": ["Comedy", "Drama"], "year": "1995"},
         {"item_id": "306", "title": 'Say "Hi"', "genres": None, "year": None},
     ]
 
