@@ -42,13 +42,39 @@ def select_answer_state(hidden_states: torch.Tensor, attention_mask: torch.Tenso
     return hidden_states[rows, answer_position(attention_mask).to(hidden_states.device)]
 
 
+def roll_rows(rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """
+    Each row of `(batch, length)` rolled to the left by its own `shift`, `(batch,)`.
+
+    >>> roll_rows(torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]), torch.tensor([2, 0]))
+    tensor([[7, 8, 0, 0],
+            [5, 6, 7, 8]])
+    """
+    length = rows.shape[1]
+    positions = torch.arange(length, device=rows.device) + shift[:, None]  # (batch, length)
+    return rows.gather(1, positions % length)
+
+
+def unroll_scores(scores: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """
+    Undo [`roll_rows`] for per-token scores `(batch, length - 1)` of rolled rows; where the padding was, 0.
+
+    >>> unroll_scores(torch.tensor([[.1, .2, .3]]), torch.tensor([2]))
+    tensor([[0.0000, 0.0000, 0.1000]])
+    """
+    positions = torch.arange(scores.shape[1], device=scores.device) - shift[:, None]
+    return scores.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, 0)
+
+
 def add_answer_state(model: PreTrainedModel) -> None:
     """
     Let `model` hand out its answer states; call it on the base model, before or after PEFT wraps it.
 
     `model(input_ids=, attention_mask=, answer_state_only=True)` runs the backbone alone, without the LM head, and
     `model(..., labels=, fused_lm_head=True)` (TRL's fused head, if it was added) returns its log-probabilities with the
-    answer state of the same pass. Any other call, `generate` included, is unchanged. A second call does nothing.
+    answer state of the same pass. TRL pads prompts on the left; that pass moves the padding to the right first, so that
+    positions count from 0 for any kind of position embedding and no attention row is fully masked. Any other call,
+    `generate` included, is unchanged. A second call does nothing.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -69,6 +95,10 @@ def add_answer_state(model: PreTrainedModel) -> None:
         if not fused_lm_head:
             return inner_forward(*args, **kwargs)
         states = []
+        attention_mask = kwargs["attention_mask"]
+        shift = (attention_mask != 0).long().argmax(dim=1)  # (batch,), paddings on the left
+        for name in ("input_ids", "attention_mask", "labels"):
+            kwargs[name] = roll_rows(kwargs[name], shift)
 
         def catch(module, inputs, outputs):
             states.append(select_answer_state(outputs.last_hidden_state, kwargs["attention_mask"]))
@@ -78,7 +108,11 @@ def add_answer_state(model: PreTrainedModel) -> None:
             outputs = inner_forward(*args, fused_lm_head=True, **kwargs)
         finally:
             handle.remove()
-        return AnswerStateOutput(**outputs, answer_state=states[-1])
+        fields = {
+            name: unroll_scores(value, shift) if value.shape == (len(shift), attention_mask.shape[1] - 1) else value
+            for name, value in outputs.items()
+        }
+        return AnswerStateOutput(**fields, answer_state=states[-1])
 
     model.forward = types.MethodType(forward, model)
     model._hands_out_answer_state = True

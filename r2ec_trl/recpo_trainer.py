@@ -1,9 +1,7 @@
 """RecPO: GRPO with the recommendation as one more action (METHOD §2), as a thin subclass of TRL's trainer."""
 
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,22 +22,21 @@ from r2ec_trl.objective import (
     candidate_logprobs,
     clipped_objective,
     item_credit_weights,
-    mean_pairwise_cosine,
     rloo_factor,
 )
 from r2ec_trl.prompts import Prompts
 from r2ec_trl.recpo_config import RecPOConfig
+from r2ec_trl.recpo_metrics import RecPOMetrics
 from r2ec_trl.rewards import checked_reward, load_reward
-from r2ec_trl.rollouts import MarkerReader, Rollout, stop_generate_at_marker
+from r2ec_trl.rollouts import MarkerReader, stop_generate_at_marker
 from r2ec_trl.vllm_sync import vllm_backend
 
 logger = logging.getLogger(__name__)
 
 NUM_TOP_ITEMS = 10  # items a reward sees in `top_item_ids`
-NUM_WATCHED_ROWS = 256  # fixed rows whose mean pairwise cosine is logged
 
 
-class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
+class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics, GRPOTrainer):
     """
     Trains a policy to reason, then recommend (METHOD §2, M1–M7).
 
@@ -134,8 +131,6 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             stop_generate_at_marker(base_model, self.reader)
         self.table = make_table(self.prompts, item_dataset, args.similarity, self.accelerator.device)
-        step = max(1, len(self.table) // NUM_WATCHED_ROWS)
-        self._watched_rows = torch.arange(0, len(self.table), step, device=self.table.device)[:NUM_WATCHED_ROWS]
         self._answer_states: torch.Tensor | None = None  # (rows, d), of the newest forward with gradient
         self.last_rollout_example: dict[str, Any] = {}
 
@@ -169,14 +164,6 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
             new_fingerprint=self.prompts.fingerprint(dataset),  # or datasets would hash the whole model
         )
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self.come_to(part)
-        yield
-        self.come_to("train")
-        self._metrics["train"][f"time/{part}"].append(time.perf_counter() - start)
-
     # ---------------------------------------------------------------- rollouts
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         with self._timed("generate"):
@@ -201,20 +188,6 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
         self._rollouts, self._prompt_ids = rollouts, prompt_ids
         self._log_rollouts(rollouts)
         return prompt_ids, [r.ids for r in rollouts], tool_mask, completions, logprobs, *rest
-
-    def _log_rollouts(self, rollouts: list[Rollout]) -> None:
-        """Missing markers, overflowing ones, and TRL's truncation figures, which look for an end-of-sequence id."""
-        rows = [[not r.has_marker, r.overflows, r.truncated, sum(r.trained)] for r in rollouts]
-        flags = self.accelerator.gather(torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device))
-        ended = flags[flags[:, 2] == 0, 3]
-        ended = ended if len(ended) else torch.zeros(1, device=flags.device)
-        metrics = self._metrics["train"]
-        metrics["rollout/missing_marker"].append(flags[:, 0].mean().item())
-        metrics["rollout/marker_overflow"].append(flags[:, 1].mean().item())
-        metrics["completions/clipped_ratio"][-1] = flags[:, 2].mean().item()
-        metrics["completions/mean_terminated_length"][-1] = ended.mean().item()
-        metrics["completions/min_terminated_length"][-1] = ended.min().item()
-        metrics["completions/max_terminated_length"][-1] = ended.max().item()
 
     # ----------------------------------------------------------------- rewards
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -281,36 +254,6 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
         self.table.refresh(encoder, self._candidates)
         return stale
 
-    def _log_table(self, stale: torch.Tensor | None, score: Callable, states: torch.Tensor) -> None:
-        """How far the targets' rows had drifted, and how much their ranks gain from being fresh among stale ones."""
-        figures = {"item/mean_pairwise_cosine": mean_pairwise_cosine(self.table.rows[self._watched_rows]).item()}
-        drift, gain = 0.0, 0.0
-        if stale is not None:
-            fresh = self.table.rows[self._candidates].clone()
-            drift = 1 - torch.nn.functional.cosine_similarity(stale, fresh, dim=1).mean().item()
-            after = score(states).rank
-            self.table.rows[self._candidates] = stale
-            gain = (score(states).rank.log() - after.log()).mean().item()
-            self.table.rows[self._candidates] = fresh
-        figures.update({"table/target_drift": drift, "table/fresh_rank_gain": gain})
-        for name, value in figures.items():
-            self._metrics["train"][name].append(value)
-
-    def _log_recommendations(self, inputs, completions, scores: CatalogueScores, extra: list[dict]) -> None:
-        ranks = self.accelerator.gather(scores.rank.float())
-        self._metrics["train"]["recommendation/hit@10"].append((ranks <= 10).float().mean().item())
-        self._metrics["train"]["recommendation/mean_log_rank"].append(ranks.log().mean().item())
-        titles = self.prompts.titles
-        text = completions[0] if isinstance(completions[0], str) else completions[0][0]["content"]
-        self.last_rollout_example = {
-            "user_id": inputs[0]["user_id"],
-            "history_titles": [titles[item_id] for item_id in inputs[0]["history"]],
-            "reasoning": text,
-            "target_title": titles[inputs[0]["target"]],
-            "rank": extra[0]["target_rank"],
-            "top_titles": [titles[item_id] for item_id in extra[0]["top_item_ids"]],
-        }
-
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         count, rank = len(inputs), self.accelerator.process_index
@@ -353,7 +296,7 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
         if not self.args.item_coef:
             return token_loss
         item_loss = self.args.item_coef * self._item_loss(inputs)
-        if self._is_watched_step() and self._step % self.args.gradient_accumulation_steps == 0:
+        if self._is_watched_step() and inputs["item_weights"].any():
             self._log_gradient_norms(token_loss, item_loss)
         return token_loss + item_loss
 
@@ -395,29 +338,3 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, GRPOTrainer):
         chosen = torch.tensor(self._candidates, device=candidates.device)
         rows = self._batch_rows.index_copy(0, chosen, candidates.to(self._batch_rows.dtype))
         return candidate_logprobs(states, rows, chosen[positions], self.args.item_temperature)
-
-    # ----------------------------------------------------------------- watching
-    def _is_watched_step(self) -> bool:
-        return self.args.watch_steps > 0 and self.state.global_step % self.args.watch_steps == 0
-
-    def _log_gradient_norms(self, token_loss: torch.Tensor, item_loss: torch.Tensor) -> None:
-        """Gradient norms of both terms apart, of the first micro-batch (not under DeepSpeed, whose hooks forbid it)."""
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if self.is_deepspeed_enabled or (self.args.gradient_checkpointing and reentrant):
-            return
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for name, loss in (("token", token_loss), ("item", item_loss)):
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
-            self._metrics["train"][f"grad_norm/{name}"].append(torch.stack(squares).sum().sqrt().item())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with seconds an optimizer step: `time/train` is what generation, scoring and items leave of it."""
-        series = self._metrics["train"]
-        if self.model.training and series.get("step_time"):
-            steps = len(series["step_time"])
-            parts = {part: sum(series[f"time/{part}"]) / steps for part in ("generate", "sync", "score", "items")}
-            parts["generate"] -= parts["sync"]  # TRL gives vLLM the weights inside
-            parts["train"] = sum(series["step_time"]) / steps - sum(parts.values())
-            series.update({f"time/{part}": [seconds] for part, seconds in parts.items()})
-        super().log(logs, start_time)
