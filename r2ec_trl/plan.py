@@ -218,16 +218,14 @@ def memory_plan(shape: ModelShape, workload: Workload, precision: Precision) -> 
     size = precision.compute_bytes
     shards = [1 if precision.zero_stage < stage else precision.processes for stage in (1, 2, 3)]
     quantised = {"nf4": NF4_BYTES, "nf4_double": NF4_DOUBLE_BYTES, "int8": 1.0, None: precision.weight_bytes}
-    weights = (
+    weights = float(
         shape.linear * quantised[precision.quantised] + (shape.parameters - shape.linear) * precision.weight_bytes
     )
-    trained, trained_bytes = shape.adapter, precision.adapter_bytes
-    if not trained:
-        trained, trained_bytes = shape.parameters, precision.weight_bytes
+    trained = shape.adapter or shape.parameters
+    trained_bytes = precision.adapter_bytes if shape.adapter else precision.weight_bytes
     state = OPTIMIZER_BYTES.get(precision.optimizer, 2.0 * trained_bytes)
-    gradients = trained * trained_bytes / shards[1]
-    if precision.processes > 1 and precision.zero_stage == 0:
-        gradients *= 2  # DDP's buckets
+    buckets = 2 if precision.processes > 1 and precision.zero_stage == 0 else 1  # DDP's
+    gradients = buckets * trained * trained_bytes / shards[1]
     casts = 2.0 * shape.parameters if not shape.adapter and precision.half and precision.weight_bytes == 4 else 0.0
     length = workload.prompt_tokens + workload.completion_tokens
     tokens = workload.rows * length
@@ -235,7 +233,7 @@ def memory_plan(shape: ModelShape, workload: Workload, precision: Precision) -> 
     layer = layer_activations(shape, precision, length)
     backward = 4 * size * shape.intermediate  # gradients of the MLP's wide parts
     if precision.checkpointing:
-        kept = shape.layers * size * shape.hidden * (tokens + item_tokens)
+        kept = float(shape.layers * size * shape.hidden * (tokens + item_tokens))
         working = (layer + backward) * max(tokens, item_tokens)
     else:
         kept = shape.layers * layer * (tokens + item_tokens)

@@ -146,7 +146,7 @@ def make_shop(args: StepArguments) -> tuple[Dataset, Dataset]:
         {
             "user_id": f"u{number}",
             "history": [f"i{draw.randrange(args.num_items)}" for _ in range(purchases)],
-            "target": f"i{draw.randrange(args.num_items)}",
+            "target": f"i{number % args.num_items}",
         }
         for number in range(args.users * args.steps)
     ]

@@ -5,6 +5,8 @@ RecPO: train a policy to reason, then recommend.
     accelerate launch recipes/recpo.py --config recipes/configs/gemma2_2b.yaml --dataset DATASET_FOLDER
     accelerate launch recipes/recpo.py --config X.yaml --dataset DATASET_FOLDER --adapter WARM_START \
         --reward_funcs my_rewards.py:my_reward
+    accelerate launch recipes/recpo.py --config X.yaml --dataset DATASET_FOLDER --plan        # memory, problems
+    accelerate launch recipes/recpo.py --config X.yaml ... --resume_from_checkpoint latest       # go on after a stop
 
 Writes into `--output_dir`: the adapter (or weights), the item table, `metrics.json` (`before` and `after` on the test
 split), `ranks.parquet`, `before/ranks.parquet` and `learning_curve.png`. Only validation is seen while training.
@@ -14,11 +16,13 @@ Hardware, run time and measured results of each config: recipes/README.md.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from r2ec_trl.callbacks import HealthCallback, LearningCurveCallback, RecPOProgressCallback
 from r2ec_trl.cli import parse, run
 from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy, peft_config
+from r2ec_trl.plan_report import make_plan
 from r2ec_trl.recpo_config import RecPOConfig
 from r2ec_trl.recpo_trainer import RecPOTrainer
 from r2ec_trl.run_report import finish_run, first_rows, start_logging
@@ -32,13 +36,16 @@ class RecPOScriptArguments(DataArguments):
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["fused"],
-        metadata={"help": "Rewards: fused, ndcg, hit, reciprocal_rank, target_probability, file.py:func, module:func."},
+        metadata={
+            "help": "Rewards: fused, ndcg, hit, reciprocal_rank, target_probability, file.py:func, module:func."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better one (reference: 8)."}
     )
     max_test_users: int | None = field(default=None, metadata={"help": "Test on the first so many users only."})
     report_before: bool = field(default=True, metadata={"help": "Also evaluate the start on the test split."})
+    plan: bool = field(default=False, metadata={"help": "Print parameters, memory, steps and problems, then stop."})
 
 
 def main() -> None:
@@ -48,6 +55,10 @@ def main() -> None:
     start_logging(args)
     dataset, card = load_dataset(script_args.dataset, args.output_dir)
     args.category = args.category or card["category"]
+    if script_args.plan:
+        if args.process_index == 0:
+            Console().print(make_plan(args, policy_args, dataset).render())
+        return
     model, tokenizer = load_policy(policy_args, trainable=True, trust_remote_code=args.trust_remote_code)
     callbacks = [HealthCallback(), LearningCurveCallback()]
     if script_args.early_stopping_patience is not None:

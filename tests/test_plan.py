@@ -1,11 +1,20 @@
 """`--plan`: its formulas against counted parameters, saved tensors and real runs."""
 
+import io
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
-from r2ec_trl.plan import Precision, Workload, layer_activations, memory_plan, model_shape
+from r2ec_trl.errors import UserError
+from r2ec_trl.loading import PolicyArguments
+from r2ec_trl.plan import Precision, Workload, layer_activations, memory_plan, model_shape, optimizer_steps
+from r2ec_trl.plan_report import _memory_problems, installed_versions, make_plan, version_problems
+from r2ec_trl.recpo_config import RecPOConfig
 
 SIZES = {
     "vocab_size": 300,
@@ -111,3 +120,95 @@ def test_memory_by_hand():
     shared = memory_plan(shape, workload, Precision(2, None, True, True, "paged_adamw_8bit", 4, zero_stage=3))
     assert shared["weights"] == pytest.approx(bf16["weights"] / 4)
     assert bf16["peak"] < memory_plan(shape, workload, Precision(2, None, True, False, "sgd"))["peak"]
+
+
+# ------------------------------------------------------------------------------------------------- settings and steps
+@pytest.fixture
+def plan_of(tiny_model_folder, shop, tmp_path):
+    """`plan_of(family, policy={...}, **settings)` plans a run on the shop."""
+
+    def make(family="llama", policy=None, **settings):
+        quick = {"per_device_train_batch_size": 8, "num_generations": 4, "use_cpu": True, "temperature": 1.0}
+        quick |= {"item_fields": ["title"], "warmup_steps": 0, "report_to": "none", "max_completion_length": 32}
+        args = RecPOConfig(str(tmp_path), **{**quick, **settings})
+        return make_plan(
+            args, PolicyArguments(model_name_or_path=str(tiny_model_folder(family)), **(policy or {})), shop
+        )
+
+    return make
+
+
+def test_the_plan_of_a_sound_run_sees_no_problem_and_counts_its_steps(plan_of, make_trainer):
+    """40 users, two a batch: 20 batches an epoch, three epochs, as many as the trainer takes."""
+    plan = plan_of(num_train_epochs=3)
+    assert plan.problems == []
+    assert (plan.steps["users_a_batch"], plan.steps["steps_an_epoch"], plan.steps["steps"]) == (2, 20, 60)
+    trainer = make_trainer(max_steps=-1, num_train_epochs=0.1, num_iterations=2)
+    trainer.train()
+    assert optimizer_steps(40, trainer.args)["steps"] == trainer.state.max_steps == trainer.state.global_step
+    text = Console(width=100, record=True, file=io.StringIO())
+    text.print(plan.render())
+    assert "parameters" in (words := text.export_text()) and "no problem seen" in words and "peak" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "case"),
+    [
+        ("--attn_implementation eager", {"family": "gemma2"}),
+        ("lower --max_prompt_length or --max_completion_length", {"max_completion_length": 2048}),
+        ("fills no batch of 200 users", {"per_device_train_batch_size": 800}),
+        ("All 3 steps are warm-up", {"warmup_steps": 32, "max_steps": 3}),
+        ("rambles at --temperature 1.5", {"temperature": 1.5}),
+        ("a crash costs the whole run", {"save_strategy": "no"}),
+        ("keeps no optimizer", {"save_only_model": True}),
+        ("4-bit weights cannot be trained", {"policy": {"load_in_4bit": True, "use_peft": False}}),
+    ],
+)
+def test_each_problem_is_one_sentence_with_the_knob(plan_of, words, case):
+    assert [sentence for sentence in plan_of(**case).problems if words in sentence]
+
+
+def test_a_model_that_does_not_fit_names_the_largest_phase(plan_of):
+    plan = plan_of()
+    assert plan.device_bytes is None
+    plan.device_bytes = 2.0**20
+    precision = Precision(4, None, True, True, "sgd")
+    sentences = _memory_problems(plan, precision)
+    assert "leaves too little" in sentences[0] and "lower --" in sentences[0]
+    assert "--dtype bfloat16 halves it" in sentences[1]
+
+
+def test_versions_outside_the_tested_ranges_are_named():
+    versions = {"torch": "2.13.0", "trl": "1.17.0", "transformers": "5.17.0", "deepspeed": "-"}
+    ranges = [
+        "torch<2.14,>=2.11",
+        "trl<1.17,>=1.16",
+        "transformers<5.18,>=5.17",
+        'deepspeed>=0.19; extra == "deepspeed"',
+    ]
+    (sentence,) = version_problems(versions, ranges)
+    assert sentence.startswith("trl 1.17.0 is outside <1.17,>=1.16")
+    assert installed_versions()["trl"].startswith("1.16")
+
+
+def test_the_recipe_plans_without_loading_the_model(tiny_model_folder, shop_folder, tmp_path, monkeypatch, capsys):
+    recipe = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "recpo.py"))
+    monkeypatch.setitem(recipe["main"].__globals__, "load_policy", None)
+    words = ["--model_name_or_path", str(tiny_model_folder("llama")), "--dataset", str(shop_folder), "--plan", "true"]
+    monkeypatch.setattr("sys.argv", ["recpo.py", *words, "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"])
+    recipe["main"]()
+    assert "memory of one process" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_the_benchmark_of_a_step_runs_on_a_cpu(capsys):
+    step = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "benchmark_step.py"))
+    args = step["StepArguments"](
+        shape="toy", use_cpu=True, users=2, prompt_tokens=60, completion_tokens=8, num_items=20, steps=2
+    )
+    result = step["measure"](args, PolicyArguments())
+    assert len(result["step_seconds"]) == 2 and result["mean_completion"] == [8.0, 8.0]
+    assert result["plan_gib"]["peak"] > 0 and result["peak_gib"] is None
+    assert set(result["seconds_by_part"][0]) == {"generate", "sync", "score", "items", "train"}
+    with pytest.raises(UserError, match="do not split"):
+        step["measure"](step["StepArguments"](shape="toy", users=2, micro_batch=3), PolicyArguments())
