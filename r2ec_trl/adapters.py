@@ -1,4 +1,4 @@
-"""Saved LoRA adapters, the released ones included (METHOD §6): read, checked against the base model, attached."""
+"""Saved LoRA adapters, the released ones included: read, checked against the base model, attached."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The answer state: the last hidden state at the marker, which scores the catalogue (METHOD §1)."""
+"""The answer state: the last hidden state at the marker, which scores the catalogue (paper §3)."""
 
 import functools
 import types

@@ -1,4 +1,4 @@
-"""RecPO's objective as pure functions, one equation each (METHOD §2: M4, M6, M7, M8). Tensors in, tensors out."""
+"""RecPO's objective as pure functions, one equation each (paper §3: M4, M6, M7, M8). Tensors in, tensors out."""
 
 import torch
 import torch.nn.functional as F

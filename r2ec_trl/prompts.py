@@ -1,4 +1,4 @@
-"""User and item prompts (METHOD §1): whole oldest purchases are cut, never the instruction or the marker."""
+"""User and item prompts (paper §3): whole oldest purchases are cut, never the instruction or the marker."""
 
 import dataclasses
 import hashlib

@@ -13,7 +13,7 @@ from r2ec_trl.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 from r2ec_trl.prompts import ITEM_TEMPLATE, USER_TEMPLATE, PromptConfig
 
 PROMPT_PRESETS: dict[str, dict[str, Any]] = {
-    "reference": {  # what the released adapters were trained with (METHOD §6)
+    "reference": {  # what the released adapters were trained with
         "marker": "<answer>",
         "item_fields": ["title", "average_rating", "rating_number", "description"],
         "similarity": "cosine",
@@ -117,7 +117,7 @@ class RecommendationArguments:
 @dataclass
 class RecPOConfig(RecommendationArguments, GRPOConfig):
     """
-    [`~trl.GRPOConfig`] with RecPO's fields and the paper's defaults (METHOD §2, §3).
+    [`~trl.GRPOConfig`] with RecPO's fields and the paper's defaults (M1–M8 in the README).
 
     TRL's own knobs keep their meaning: `beta` is the KL coefficient and stays 0, `temperature` and `top_k` are
     sampling. Paper defaults that differ from TRL's: `learning_rate` 1e-5, `num_generations` 4, `temperature` 1.5,

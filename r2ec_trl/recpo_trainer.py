@@ -1,4 +1,4 @@
-"""RecPO: GRPO with the recommendation as one more action (METHOD §2), as a thin subclass of TRL's trainer."""
+"""RecPO: GRPO with the recommendation as one more action (paper §3), as a thin subclass of TRL's trainer."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from r2ec_trl.recpo_config import RecPOConfig
 from r2ec_trl.recpo_metrics import RecPOMetrics
 from r2ec_trl.rewards import checked_reward, load_reward
 from r2ec_trl.rollouts import MarkerReader, stop_generate_at_marker
-from r2ec_trl.vllm_sync import vllm_backend
+from r2ec_trl.vllm_sync import vllm_backend, watch_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ NUM_TOP_ITEMS = 10  # items a reward sees in `top_item_ids`
 
 class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics, GRPOTrainer):
     """
-    Trains a policy to reason, then recommend (METHOD §2, M1–M7).
+    Trains a policy to reason, then recommend (paper §3, M1–M7).
 
     Everything of [`~trl.GRPOTrainer`] stays, its losses, rewards and flags included. What is overridden, and why:
 
@@ -215,6 +215,8 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
             with self._timed("items"):
                 encoder = share_encoding(encoder, self.accelerator)
                 stale = self._refresh_table(encoder, sum(gather_object([sum(map(len, sequences))])))
+            if self._is_watched_step():
+                watch_sampler(self, model, self._prompt_ids)
         if self._is_watched_step():
             self._log_table(stale, score, states)
         self._batch_rows = self.table.rows  # an evaluation gives the table new ones: ratios compare like with like

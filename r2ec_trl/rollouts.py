@@ -144,7 +144,7 @@ def generate_reasoning(
     batch_tokens: int = 32_768,
 ) -> list[Rollout]:
     """
-    Greedy reasoning of every prompt, up to the marker (METHOD §1, inference).
+    Greedy reasoning of every prompt, up to the marker (paper §3, inference).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -1,5 +1,5 @@
 """
-METHOD §7: what the reference implementation gets wrong. One test a mistake, and each is tried with the mistake put
+What the reference implementation gets wrong. One test a mistake, and each is tried with the mistake put
 back, which must turn it red: `goes_red` runs the same check under a patch that repeats it. Mistakes 2, 3 and the vLLM
 side of 12 belong to tests/test_vllm.py, 9's process count to tests/test_distributed.py, 19 to tests/data,
 the rest to test_mistakes_data.py.

@@ -1,5 +1,5 @@
 """
-METHOD §7, the part of scoring, prompts, data and flags; see test_mistakes.py. `goes_red` runs the same check with the
+The mistakes of the reference, the part of scoring, prompts, data and flags; see test_mistakes.py. `goes_red` runs the same check with the
 mistake put back.
 """
 

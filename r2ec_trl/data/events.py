@@ -190,7 +190,7 @@ def time_window(
 ) -> tuple[Events, datetime.datetime | None]:
     """
     Keep `start <= time < end`; while fewer than `min_items` items are left after the k-core, move the start back by
-    `step_months` (METHOD §4: the paper's window). Returns the events of the window, before the k-core, and its start.
+    `step_months` (the paper's window). Returns the events of the window, before the k-core, and its start.
     """
     ticks = events.ticks_per_second
     before_end = events.keep(events.time < _epoch(end) * ticks) if end else events

@@ -1,4 +1,4 @@
-"""The item table H_V: one row per item, the policy's own encoding of the item's prompt (METHOD §1)."""
+"""The item table H_V: one row per item, the policy's own encoding of the item's prompt (paper §3)."""
 
 import hashlib
 import json
