@@ -94,7 +94,7 @@ def kill_once(run: Run, draw: random.Random, while_saving: bool) -> dict | None:
     """Start, kill at a random moment, and say what was left; `None` if the run came to its end before."""
     already = run.last_step()
     process = run.start()
-    goal = draw.randint(already + 1, min(STEPS, already + 6))  # not so far that a run is killed once only
+    goal = draw.randint(min(STEPS, already + 1), min(STEPS, already + 6))  # near enough for several kills a run
     end, moment = time.monotonic() + DEADLINE, None
     while process.poll() is None:
         if time.monotonic() > end:
