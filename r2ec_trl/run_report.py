@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from r2ec_trl.baselines import item_to_item, popularity
+from r2ec_trl.bundle import save_bundle
 from r2ec_trl.console import cold_table, report_table, run_table
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
 from r2ec_trl.evaluation import cold_targets
@@ -90,12 +91,47 @@ def finish_run(
             The same rows evaluated before training.
     """
     args: Any = trainer.args
-    after = trainer.evaluate_frame(test)
-    trainer.save_model(args.output_dir)
-    if not trainer.accelerator.is_main_process:
-        return
     folder = Path(args.output_dir)
-    trainer.table.save(folder)
+    after = trainer.evaluate_frame(test)  # encodes the table with the weights that are saved next
+    trainer.save_model(args.output_dir)
+    main = trainer.accelerator.is_main_process
+    result = _result(trainer, dataset, card, test, before, after) if main else {}
+    with trainer._frozen_policy() as model:
+        if main:
+            trainer.create_model_card(model_name=folder.name)
+            save_bundle(
+                folder / "bundle",
+                model,
+                trainer.prompts,
+                trainer.table,
+                dataset["items"],
+                protocol={
+                    "reasoning": trainer.reasoning,
+                    "max_new_tokens": getattr(args, "max_completion_length", 1),
+                    "item_temperature": args.item_temperature,
+                    "token_budget": args.forward_token_budget,
+                },
+                dataset_card=card,
+                metrics={name: result[name] for name in ("before", "after") if name in result},
+                model_card=(folder / "README.md").read_text(encoding="utf-8"),
+            )
+    if main:
+        if before is not None:
+            write_report(folder / "before", result["before"], before)
+        write_report(folder, result, after)
+        _print(Console(), result, dataset, test, before, after)
+
+
+def _result(
+    trainer: GreedyEvaluation,
+    dataset: DatasetDict,
+    card: Mapping[str, Any],
+    test: Dataset,
+    before: pl.DataFrame | None,
+    after: pl.DataFrame,
+) -> dict[str, Any]:
+    """What `metrics.json` of a training run holds: protocol, before, after, their difference, and the training itself."""
+    args: Any = trainer.args
     facts = protocol(
         card,
         settings_of(
@@ -109,9 +145,8 @@ def finish_run(
     baselines = baseline_ranks(dataset, test, card["synthetic"])
     result: dict[str, Any] = {"protocol": facts, "after": {**report(after, baselines, facts), **_extras(after, test)}}
     if before is not None:
-        before_report = {**report(before, {}, facts), **_extras(before, test)}
-        result.update(before=before_report, difference=compare_frames(before, after))
-        write_report(folder / "before", before_report, before)
+        result["before"] = {**report(before, {}, facts), **_extras(before, test)}
+        result["difference"] = compare_frames(before, after)
     result["training"] = {
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
@@ -119,8 +154,7 @@ def finish_run(
         "seconds": next((log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None),
         "arguments": {name: value for name, value in args.to_dict().items() if value is not None},
     }
-    write_report(folder, result, after)
-    _print(Console(), result, dataset, test, before, after)
+    return result
 
 
 def _extras(frame: pl.DataFrame, test: Dataset) -> dict[str, Any]:

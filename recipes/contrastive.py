@@ -3,8 +3,9 @@ Contrastive training without reasoning (M8): the warm start of RecPO, and the ba
 
     accelerate launch recipes/contrastive.py --config recipes/configs/smollm2_contrastive.yaml --dataset DATASET_FOLDER
 
-Writes into `--output_dir`: the adapter (or weights), the item table, `metrics.json` (`before` and `after` on the test
-split, both without reasoning), `ranks.parquet`, `before/ranks.parquet`. Only validation is seen while training.
+Writes into `--output_dir`: the adapter (or weights), `bundle` (what recipes/recommend.py takes), `metrics.json`
+(`before` and `after` on the test split, both without reasoning), `ranks.parquet` and `before/ranks.parquet`. Only
+validation is seen while training.
 Hardware, run time and measured results of each config: recipes/README.md.
 """
 

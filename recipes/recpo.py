@@ -8,8 +8,9 @@ RecPO: train a policy to reason, then recommend.
     accelerate launch recipes/recpo.py --config X.yaml --dataset DATASET_FOLDER --plan        # memory, problems
     accelerate launch recipes/recpo.py --config X.yaml ... --resume_from_checkpoint latest       # go on after a stop
 
-Writes into `--output_dir`: the adapter (or weights), the item table, `metrics.json` (`before` and `after` on the test
-split), `ranks.parquet`, `before/ranks.parquet` and `learning_curve.png`. Only validation is seen while training.
+Writes into `--output_dir`: the adapter (or weights), `bundle` (what recipes/recommend.py takes), `metrics.json`
+(`before` and `after` on the test split), `ranks.parquet`, `before/ranks.parquet` and `learning_curve.png`. Only
+validation is seen while training.
 Hardware, run time and measured results of each config: recipes/README.md.
 """
 
