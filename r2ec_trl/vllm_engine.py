@@ -69,10 +69,13 @@ def load_engine(
     """
     check_installed()
     check_evaluated(policy)
+    device = next(policy.parameters()).device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else policy.dtype
+    options = {"dtype": dtype, **options}
     lora = is_peft_model(policy)
     if lora:
         rank = policy.peft_config[policy.active_adapters[0]].r
-        options = {"enable_lora": True, "max_lora_rank": kernel_rank(rank), **options}
+        options |= {"enable_lora": True, "max_lora_rank": kernel_rank(rank)}
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from r2ec_trl.recpo_config import RecPOConfig
     from r2ec_trl.recpo_trainer import RecPOTrainer
 
+WATCHED_PROMPTS = 2  # a process
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 1800.0  # seconds; a request to a server may hold a whole generation batch
 
 
@@ -59,6 +61,15 @@ def vllm_backend(trainer: RecPOTrainer, args: RecPOConfig) -> Iterator[None]:
         raise UserError(" ".join(str(error).split())) from error
 
 
+def watch_sampler(trainer: RecPOTrainer, model: Any, prompt_ids: Sequence[Sequence[int]]) -> None:
+    """Log how far vLLM's log-probs are from the policy's, where TRL does not: truncated sampling has no correction."""
+    if not trainer.use_vllm or trainer.vllm_importance_sampling_correction or trainer.args.vllm_enable_sleep_mode:
+        return
+    difference = trainer.vllm_generation.difference(model, prompt_ids[:WATCHED_PROMPTS])
+    mean = trainer.accelerator.gather(torch.tensor(difference, device=trainer.accelerator.device)).mean().item()
+    trainer._metrics["train"]["sampling/sampling_logp_difference/mean"].append(mean)
+
+
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     kept = getattr(owner, name)
@@ -75,7 +86,7 @@ class MergedSync(VLLMGeneration):
     them and takes it out again, which leaves rounding errors behind each time and loses a 4-bit base.
 
     - `_iter_named_params`: merged weights are computed beside the base, one matrix at a time, dequantised if need be.
-    - `_init_vllm`: guards first; an engine is never quantised, since it is given whole weights.
+    - `_init_vllm`: guards first; an engine computes as the policy does, and is never quantised: it gets whole weights.
     - `sync_weights`: timed, and a server that died is said in one sentence, as in `generate`.
 
     Args:
@@ -86,6 +97,8 @@ class MergedSync(VLLMGeneration):
         kwargs:
             As in TRL.
     """
+
+    llm: Any
 
     def __init__(self, settings: RecPOConfig, timed: Callable[[], AbstractContextManager], **kwargs: Any):
         self.settings = settings
@@ -115,7 +128,8 @@ class MergedSync(VLLMGeneration):
             self._bound_waiting()
 
     def _engine_options(self) -> dict[str, Any]:
-        return {"quantization": None}
+        compute = torch.bfloat16 if self.settings.bf16 else torch.float16 if self.settings.fp16 else self.model.dtype
+        return {"quantization": None, "dtype": compute}
 
     def _connect(self) -> None:
         super()._init_vllm()
@@ -178,23 +192,44 @@ class MergedSync(VLLMGeneration):
         filler = next(list(ids) for ids in gather_object([list(p) for p in prompt_ids[:1]]))
         padded = [list(ids) for ids in prompt_ids] + [filler] * (most - len(prompt_ids))
         end_ids = self.generation_kwargs["stop_token_ids"]
-        changed: dict[str, Any] = {
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "max_completion_length": max_new_tokens,
-            "logprobs": None,
-            "generation_kwargs": {**marker_stop(reader.marker), "stop_token_ids": end_ids},
-        }
+        stops = {**marker_stop(reader.marker), "stop_token_ids": end_ids}
+        completion_ids, _ = self._choose(padded, max_new_tokens, generation_kwargs=stops, logprobs=None)
+        return [reader.finish(ids, end_ids) for ids in completion_ids[: len(prompt_ids)]]
+
+    @torch.no_grad()
+    def difference(self, model: Any, prompt_ids: Sequence[Sequence[int]], tokens: int = 8) -> float:
+        """
+        Mean absolute difference a token of vLLM's log-probs of its own greedy tokens from those of `model`: next to
+        nothing where the engine is the policy. TRL measures it on the rollouts, unless sampling is truncated.
+        """
+        completion_ids, logprobs = self._choose(
+            [list(ids) for ids in prompt_ids], tokens, generation_kwargs={"ignore_eos": True}, logprobs=0
+        )
+        values = []
+        for prompt, ids, theirs in zip(prompt_ids, completion_ids, logprobs, strict=True):
+            row = torch.tensor([[*prompt, *ids]], device=self.accelerator.device)
+            logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, len(prompt) - 1 : -1]
+            ours = logits.float().log_softmax(-1).gather(1, row[0, len(prompt) :, None])[:, 0]
+            values.append((ours - torch.tensor([first for first, *_ in theirs], device=ours.device)).abs())
+        return torch.cat(values).mean().item()
+
+    def _choose(self, prompt_ids: list[list[int]], max_new_tokens: int, **changed: Any) -> tuple[list, Any]:
+        """Greedy completions of TRL's `generate`, one a prompt, and their log-probs."""
+        changed |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        changed["max_completion_length"] = max_new_tokens
         kept = {name: getattr(self, name) for name in changed}
         try:
             self.__dict__.update(changed)
-            _, completion_ids, *_ = self.generate(padded, None, 1)
+            _, completion_ids, logprobs, *_ = self.generate(prompt_ids, None, 1)
         finally:
             self.__dict__.update(kept)
-        return [reader.finish(list(ids), end_ids) for ids in completion_ids[: len(prompt_ids)]]
+        return [list(ids) for ids in completion_ids], logprobs
+
+    def close(self) -> None:
+        """Shut a colocated engine down while the process groups are still there; it complains at exit otherwise."""
+        self.accelerator.wait_for_everyone()
+        self.llm = None
+        gc.collect()
 
     @contextmanager
     def _server_errors(self) -> Iterator[None]:

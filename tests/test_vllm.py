@@ -27,26 +27,23 @@ from r2ec_trl.vllm_engine import generate_reasoning_vllm, load_engine
 pytestmark = pytest.mark.vllm
 
 PROMPTS = [[9, 8, 7, 6, 5], [30, 31, 32, 33, 34, 35, 36], [200, 100, 50, 25, 12, 6, 3]]
-# float32 on both sides; another order of summation is all that is left
+# The engine takes the policy's dtype, float32 here; another order of summation is all that is left
 LOGPROB_TOLERANCE = 1e-3
 
 
 @pytest.fixture(autouse=True)
 def cpu_engine(monkeypatch):
-    """Small float32 engines that can be pushed weights; the environment TRL writes for them is taken back."""
+    """Small engines that can be pushed weights; the environment TRL writes for them is taken back."""
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
 
     from r2ec_trl import vllm_guards
-    from r2ec_trl.vllm_sync import MergedSync
 
     kept = dict(os.environ)
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_LOGGING_LEVEL="ERROR")
     monkeypatch.setattr(_custom_ops, "_supports_onednn", False)
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
     monkeypatch.setattr(vllm_guards, "_frees_packed_weights", lambda: False)
-    options = MergedSync._engine_options
-    monkeypatch.setattr(MergedSync, "_engine_options", lambda self: {**options(self), "dtype": "float32"})
     yield
     os.environ.clear()
     os.environ.update(kept)
@@ -126,6 +123,17 @@ def watch(trainer):
     return seen
 
 
+def only_once(function):
+    """`function` the first time, nothing afterwards."""
+    calls = []
+
+    def call():
+        if not calls:
+            calls.append(function())
+
+    return call
+
+
 @pytest.mark.parametrize("sync", ["merge", "lora"])
 def test_the_sampler_is_the_merged_policy_after_each_update(vllm_trainer, sync):
     """Rollouts 1 to 4 are drawn after 0 to 3 optimizer steps; each time the engine has moved with the policy."""
@@ -145,8 +153,7 @@ def test_a_sampler_that_is_not_synchronised_is_noticed(vllm_trainer, monkeypatch
     """The twin of the test above: only the first sync happens."""
     trainer = vllm_trainer(sync, learning_rate=3e-2)
     seen = watch(trainer)
-    inner, syncs = trainer.vllm_generation.sync_weights, []
-    monkeypatch.setattr(trainer.vllm_generation, "sync_weights", lambda: syncs.append(syncs or inner()))
+    monkeypatch.setattr(trainer.vllm_generation, "sync_weights", only_once(trainer.vllm_generation.sync_weights))
     with pytest.raises(AssertionError):
         trainer.train()
     assert len(seen) == 1
@@ -259,6 +266,18 @@ def test_truncated_sampling_leaves_the_token_gradient_alone(vllm_trainer, make_t
     assert token_norm(trainer) < 0.2 * under_transformers
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_stale_sampler_shows_in_the_log_under_truncated_sampling_too(vllm_trainer, monkeypatch, stale):
+    """TRL logs the difference of log-probs only with its correction on; ours is measured on greedy tokens."""
+    trainer = vllm_trainer("lora", learning_rate=3e-2, top_k=20, max_steps=3, watch_steps=1)
+    if stale:
+        monkeypatch.setattr(trainer.vllm_generation, "sync_weights", only_once(trainer.vllm_generation.sync_weights))
+    trainer.train()
+    series = [log["sampling/sampling_logp_difference/mean"] for log in trainer.state.log_history[:3]]
+    assert series[0] < LOGPROB_TOLERANCE
+    assert (min(series[1:]) > 20 * LOGPROB_TOLERANCE) if stale else (max(series) < LOGPROB_TOLERANCE)
+
+
 def test_an_engine_for_evaluation_answers_as_the_policy(tiny_model_folder, chat_tokenizer):
     """Greedy reasoning with the policy's adapter: the ids of transformers, and not the base's."""
     folder = tiny_model_folder("llama")
@@ -266,7 +285,7 @@ def test_an_engine_for_evaluation_answers_as_the_policy(tiny_model_folder, chat_
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).eval()
     reader = MarkerReader(chat_tokenizer, "<answer>")
-    llm = load_engine(policy, max_model_length=64, dtype="float32")
+    llm = load_engine(policy, max_model_length=64)
     rollouts = generate_reasoning_vllm(llm, reader, PROMPTS, 12)
     assert rollouts == generate_reasoning(policy, reader, PROMPTS, 12)
     with policy.disable_adapter():
