@@ -82,6 +82,8 @@ def main() -> None:
     before = trainer.evaluate_frame(test) if script_args.report_before else None  # looked at when training is over
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finish_run(trainer, dataset, card, test, before)
+    if trainer.use_vllm:
+        trainer.vllm_generation.close()
     trainer.accelerator.end_training()
 
 
