@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int)
     user_ids, item_ids = (ids.to_arrow().cast(pa.string()) for ids in (events.user_ids, events.item_ids))
     first = first_of_user(events.user)
     starts = np.maximum(first[positions], positions - max_history)
+    events = replace(events, time=events.time // events.ticks_per_second, ticks_per_second=1)
     batches = (
         _block(events, positions[at : at + BATCH_ROWS], starts[at : at + BATCH_ROWS], user_ids, item_ids)
         for at in range(0, len(positions), BATCH_ROWS)
@@ -51,6 +53,7 @@ def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int)
 def _block(
     events: Events, positions: np.ndarray, starts: np.ndarray, user_ids: pa.Array, item_ids: pa.Array
 ) -> pa.RecordBatch:
+    """Rows of some targets; the times of `events` are in seconds."""
     lengths = positions - starts
     offsets = np.zeros(len(positions) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
@@ -60,9 +63,6 @@ def _block(
     def lists(values: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets), values, type=pa.list_(pa.field("item", values.type)))
 
-    def seconds(at: np.ndarray) -> pa.Array:
-        return pa.array(events.time[at] // events.ticks_per_second)
-
     columns = {
         "user_id": pc.take(user_ids, pa.array(events.user[positions])),
         "history": lists(pc.take(item_ids, pa.array(events.item[flat]))),
@@ -70,6 +70,6 @@ def _block(
     }
     if events.rating is not None:
         columns["history_ratings"] = lists(pa.array(events.rating[flat]))
-    columns["history_timestamps"] = lists(seconds(flat))
-    columns["timestamp"] = seconds(positions)
+    columns["history_timestamps"] = lists(pa.array(events.time[flat]))
+    columns["timestamp"] = pa.array(events.time[positions])
     return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
