@@ -71,10 +71,10 @@ def add_answer_state(model: PreTrainedModel) -> None:
     Let `model` hand out its answer states; call it on the base model, before or after PEFT wraps it.
 
     `model(input_ids=, attention_mask=, answer_state_only=True)` runs the backbone alone, without the LM head, and
-    `model(..., labels=, fused_lm_head=True)` (TRL's fused head, if it was added) returns its log-probabilities with the
-    answer state of the same pass. TRL pads prompts on the left; that pass moves the padding to the right first, so that
-    positions count from 0 for any kind of position embedding and no attention row is fully masked. Any other call,
-    `generate` included, is unchanged. A second call does nothing.
+    `model(..., labels=, fused_lm_head=True)` (TRL's fused head, if it was added) returns its log-probabilities with
+    the answer state of the same pass. TRL pads prompts on the left; that pass moves the padding to the right first, so
+    that positions count from 0 for any kind of position embedding and no attention row is fully masked. Any other
+    call, `generate` included, is unchanged. A second call does nothing.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

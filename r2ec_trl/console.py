@@ -34,7 +34,7 @@ def run_table(result: Mapping[str, Any]) -> Table:
         result (`Mapping[str, Any]`):
             `after` and perhaps `before` (reports) and `difference` (a comparison), as `metrics.json` holds them.
     """
-    table = Table(title=_title(result["after"]), caption="95 % bootstrap intervals of users; masked ones and the rest: metrics.json")
+    table = Table(title=_title(result["after"]), caption="95 % bootstrap intervals; all figures: metrics.json")
     table.add_column("test split", no_wrap=True)
     columns = [("unmasked", "hit@10"), ("unmasked", "ndcg@10")]
     for mask, metric in columns:
@@ -45,7 +45,8 @@ def run_table(result: Mapping[str, Any]) -> Table:
         table.add_row(name.replace("_", " "), *[_figure(report[mask][system][metric], 3) for mask, metric in columns])
     if "difference" in result:
         table.add_section()
-        table.add_row("after - before", *[_difference(result["difference"][mask][metric], 3) for mask, metric in columns])
+        changes = [_difference(result["difference"][mask][metric], 3) for mask, metric in columns]
+        table.add_row("after - before", *changes)
     return table
 
 

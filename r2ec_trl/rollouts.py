@@ -1,7 +1,7 @@
 """Where a rollout ends: at the token that completes the marker, the same for every backend."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +81,7 @@ class MarkerReader:
         end = self.end(ids)
         return list(ids if end is None else ids[:end])
 
-    def finish(self, ids: Sequence[int], end_ids: Sequence[int]) -> Rollout:
+    def finish(self, ids: Sequence[int], end_ids: Container[int]) -> Rollout:
         """
         Make a rollout of sampled ids: cut at the marker, or, without one, drop the end-of-sequence token with what
         follows and append the marker's ids, which are not trained.
@@ -89,7 +89,7 @@ class MarkerReader:
         Args:
             ids (`Sequence[int]`):
                 Sampled token ids.
-            end_ids (`Sequence[int]`):
+            end_ids (`Container[int]`):
                 Ids that end a generation: end-of-sequence and padding.
         """
         end = self.end(ids)

@@ -30,7 +30,7 @@ NUM_EXAMPLES = 2  # users whose reasoning is shown before and after
 
 
 def start_logging(args: Any) -> None:
-    """Warnings through rich, on the main process only; Hugging Face's own progress of loading and mapping stays off."""
+    """Warnings through rich, on the main process only."""
     level = logging.WARNING if args.process_index == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
 
@@ -130,7 +130,7 @@ def _result(
     before: pl.DataFrame | None,
     after: pl.DataFrame,
 ) -> dict[str, Any]:
-    """What `metrics.json` of a training run holds: protocol, before, after, their difference, and the training itself."""
+    """What `metrics.json` of a training run holds: protocol, before, after, their difference, the training."""
     args: Any = trainer.args
     facts = protocol(
         card,
@@ -197,8 +197,8 @@ def _print(
     console.print(run_table(result))
     for name in ("before", "after"):
         if name in result:
-            shares = ", ".join(f"{key.replace('_', ' ')} {share:.0%}" for key, share in result[name]["reasoning"].items())
-            console.print(f"{name:6} reasoning: {shares}")
+            shares = [f"{key.replace('_', ' ')} {share:.0%}" for key, share in result[name]["reasoning"].items()]
+            console.print(f"{name:6} reasoning: {', '.join(shares)}")
 
 
 def _example(
