@@ -1,6 +1,6 @@
 """
-The objective (M1–M7 in the README) in float64, written from its equations and from nothing in the library: plain loops,
-one rollout a forward, no padding, no fused head. Also `record`, which notes what a trainer really did.
+The objective (M1–M7 in the README) in float64, written from its equations and from nothing in the library: plain
+loops, one rollout a forward, no padding, no fused head. Also `record`, which notes what a trainer really did.
 """
 
 import contextlib

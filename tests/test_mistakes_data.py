@@ -1,6 +1,6 @@
 """
-The mistakes of the reference, the part of scoring, prompts, data and flags; see test_mistakes.py. `goes_red` runs the same check with the
-mistake put back.
+The mistakes of the reference, the part of scoring, prompts, data and flags; see test_mistakes.py. `goes_red` runs the
+same check with the mistake put back.
 """
 
 import random
