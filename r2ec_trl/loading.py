@@ -131,6 +131,9 @@ def load_policy(
             else " (the base recorded in the adapter; name yours with --model_name_or_path)"
         )
         raise UserError(f"The model {name!r}{hint} cannot be loaded: {reason}") from error
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        logger.warning("sdpa leaves out this model's attention soft cap: using `attn_implementation` eager instead.")
+        model.set_attn_implementation("eager")
     if args.adapter is None or adapter_config is None:
         return model, tokenizer
     return attach_adapter(model, args.adapter, adapter_config, trainable), tokenizer
