@@ -124,6 +124,8 @@ class WholeCheckpoints(_Base):
             self._epochs_done = int(state["epoch"] + 1e-9)
             self._resume_table(folder)
             logger.info("Resuming from %s (step %d).", folder, state["global_step"])
+            if not [path for pattern in ("optimizer.*", "global_step*") for path in folder.glob(pattern)]:
+                logger.warning("%s holds no optimizer (`save_only_model`): it starts anew.", folder)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
@@ -159,9 +161,8 @@ class WholeCheckpoints(_Base):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # ours follows the manifest
         try:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and not self.table.is_empty:
-                if self.table.rows.numel() * self.table.rows.element_size() <= MAX_TABLE_BYTES:
-                    self.table.save(folder)
+            if self.args.should_save and 0 < self.table.num_bytes <= MAX_TABLE_BYTES:
+                self.table.save(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 write_manifest(folder)

@@ -8,12 +8,14 @@ from accelerate import Accelerator
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.items.table import Encoder
+from r2ec_trl.items.sliced_table import SlicedTable
+from r2ec_trl.items.table import Encoder, ItemTable
 
 
-def share_encoding(encoder: Encoder, accelerator: Accelerator) -> Encoder:
+def share_encoding(encoder: Encoder, accelerator: Accelerator, table: ItemTable) -> Encoder:
     """
-    An encoder of which each process does its share, and every process gets all states.
+    An encoder for refreshing a table: each process does its share, and every process gets all states. A sliced table
+    shares out the rows by itself.
 
     Call it on every process with the same sequences. They are dealt out by length, so that shares cost the same; the
     states of all processes are then equal bit for bit.
@@ -23,9 +25,11 @@ def share_encoding(encoder: Encoder, accelerator: Accelerator) -> Encoder:
             Token sequences → states `(n, d)`.
         accelerator ([`~accelerate.Accelerator`]):
             Knows the processes.
+        table ([`~r2ec_trl.items.table.ItemTable`]):
+            What it encodes for.
     """
     processes = accelerator.num_processes
-    if processes == 1:
+    if processes == 1 or isinstance(table, SlicedTable):
         return encoder
 
     def encode(sequences: Sequence[Sequence[int]]) -> torch.Tensor:

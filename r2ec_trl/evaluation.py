@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from r2ec_trl.answer_state import encode_states
 from r2ec_trl.errors import UserError
-from r2ec_trl.items.scoring import exclusion_matrix, target_rank_and_logprob, top_k
+from r2ec_trl.items.scoring import exclusion_matrix
+from r2ec_trl.items.sliced_table import SlicedTable
 from r2ec_trl.items.table import Encoder, ItemTable
 from r2ec_trl.metrics import summarise_ranks
 from r2ec_trl.prompts import Prompts
@@ -27,9 +29,17 @@ def make_encoder(model: torch.nn.Module, prompts: Prompts, token_budget: int) ->
     return partial(encode_states, model, pad_token_id=pad_token_id, token_budget=token_budget)
 
 
-def make_table(prompts: Prompts, item_dataset: Dataset, similarity: str, device: torch.device | str) -> ItemTable:
-    """An empty [`~r2ec_trl.items.table.ItemTable`] of a catalogue under these prompts."""
-    return ItemTable(item_dataset["item_id"][:], prompts.catalogue_ids(item_dataset), similarity, device)
+def make_table(
+    prompts: Prompts, item_dataset: Dataset, similarity: str, device: torch.device | str, slices: Any = None
+) -> ItemTable:
+    """
+    An empty [`~r2ec_trl.items.table.ItemTable`] of a catalogue under these prompts; shared out over the processes of
+    an [`~accelerate.Accelerator`] where `slices` is one.
+    """
+    parts = (item_dataset["item_id"][:], prompts.catalogue_ids(item_dataset), similarity, device)
+    if slices is None or slices.num_processes == 1:
+        return ItemTable(*parts)
+    return SlicedTable(*parts, accelerator=slices)
 
 
 def alter_reasoning(rollouts: Sequence[Rollout], reader: MarkerReader, reasoning: str, seed: int = 0) -> list[Rollout]:
@@ -111,11 +121,9 @@ def evaluate_users(
     histories = [table.row_indices(history) for history in dataset["history"]]
     excluded = exclusion_matrix(histories, table.device)
     targets = torch.tensor(table.row_indices(dataset["target"]), device=table.device)
-    scores = target_rank_and_logprob(states, table.rows, targets, temperature=temperature)
-    masked = target_rank_and_logprob(
-        states, table.rows, targets, temperature=temperature, excluded=excluded, keep_target=False
-    )
-    _, best = top_k(states, table.rows, num_top_items)
+    scores = table.rank(states, targets, temperature=temperature)
+    masked = table.rank(states, targets, temperature=temperature, excluded=excluded, keep_target=False)
+    _, best = table.best(states, num_top_items)
     texts = prompts.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
     return pl.DataFrame(
         {

@@ -63,29 +63,27 @@ class GreedyEvaluation(_Base):
         was_training = self.model.training
         self.model.eval()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = range(rank, len(dataset), world)
+        mine = list(range(rank, len(dataset), world)) or [0]  # a sliced table is asked by all processes together
         rollouts = None
         if (reasoning or self.reasoning) != "none":
             rollouts = self._greedy_rollouts([self.prompts.user_ids(user) for user in dataset.select(mine)])
         with self._frozen_policy() as model:
             encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
-            self.table.refresh(share_encoding(encoder, self.accelerator))
-            frames = []
-            if len(mine):
-                frame = evaluate_users(
-                    model,
-                    self.prompts,
-                    self.table,
-                    dataset.select(mine),
-                    max_new_tokens=getattr(self.args, "max_completion_length", 1),
-                    temperature=self.args.item_temperature,
-                    reasoning=reasoning or self.reasoning,
-                    token_budget=self.args.forward_token_budget,
-                    rollouts=rollouts,
-                )
-                frames = [frame.with_columns(row=pl.Series(list(mine)))]
+            self.table.refresh(share_encoding(encoder, self.accelerator, self.table))
+            frame = evaluate_users(
+                model,
+                self.prompts,
+                self.table,
+                dataset.select(mine),
+                max_new_tokens=getattr(self.args, "max_completion_length", 1),
+                temperature=self.args.item_temperature,
+                reasoning=reasoning or self.reasoning,
+                token_budget=self.args.forward_token_budget,
+                rollouts=rollouts,
+            )
         self.model.train(was_training)
-        return pl.concat(gather_object(frames)).sort("row").drop("row")
+        frames = gather_object([frame.with_columns(row=pl.Series(mine))])
+        return pl.concat(frames).unique("row").sort("row").drop("row")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """

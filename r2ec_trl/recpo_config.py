@@ -136,8 +136,8 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     vllm_importance_sampling_correction: bool | None = field(
         default=None,
         metadata={
-            "help": "TRL's correction for vLLM's log-probs. Off by default under top-k, top-p or min-p sampling, where "
-            "the ratio measures the truncated mass and would silence the gradient; on otherwise."
+            "help": "TRL's correction for vLLM's log-probs. Off by default under top-k, top-p or min-p sampling, "
+            "where the ratio measures the truncated mass and would silence the gradient; on otherwise."
         },
     )
     vllm_importance_sampling_mode: str = field(
@@ -203,6 +203,13 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             "generation batch's tokens, else a round-robin slice of that size. The batch's targets always."
         },
     )
+    slice_table: bool = field(
+        default=False,
+        metadata={
+            "help": "Each process holds only its slice of the item table, for catalogues of a million items and more; "
+            "it is not saved."
+        },
+    )
     watch_steps: int = field(
         default=10,
         metadata={"help": "Every so many steps measure gradient norms of both terms, row cosines, fresh-rank gain."},
@@ -250,6 +257,8 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             )
         if self.remove_unused_columns:
             raise UserError("`remove_unused_columns` would drop the users' targets; leave it False.")
+        if self.slice_table and self.item_negatives == "catalogue":
+            raise UserError("`slice_table` leaves no process with the whole catalogue; add `--item_negatives batch`.")
         if not 0 <= self.reward_mix <= 1:
             raise UserError(f"`reward_mix` is {self.reward_mix}; it must lie between 0 and 1 (paper: 0.05).")
         if self.reward_cutoff < 1:

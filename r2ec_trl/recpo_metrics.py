@@ -58,15 +58,16 @@ class RecPOMetrics(_Base):
 
     def _log_table(self, stale: torch.Tensor | None, score: Callable, states: torch.Tensor) -> None:
         """How far the targets' rows had drifted, and how much their ranks gain from being fresh among stale ones."""
-        figures = {"item/mean_pairwise_cosine": mean_pairwise_cosine(self.table.rows[:: max(1, len(self.table) // NUM_WATCHED_ROWS)][:NUM_WATCHED_ROWS]).item()}
+        watched = range(0, len(self.table), max(1, len(self.table) // NUM_WATCHED_ROWS))[:NUM_WATCHED_ROWS]
+        figures = {"item/mean_pairwise_cosine": mean_pairwise_cosine(self.table.take(watched)).item()}
         drift, gain = 0.0, 0.0
         if stale is not None:
-            fresh = self.table.rows[self._candidates].clone()
+            fresh = self.table.take(self._candidates)
             drift = 1 - torch.nn.functional.cosine_similarity(stale, fresh, dim=1).mean().item()
             after = score(states).rank
-            self.table.rows[self._candidates] = stale
+            self.table.put(self._candidates, stale)
             gain = (score(states).rank.log() - after.log()).mean().item()
-            self.table.rows[self._candidates] = fresh
+            self.table.put(self._candidates, fresh)
         figures.update({"table/target_drift": drift, "table/fresh_rank_gain": gain})
         for name, value in figures.items():
             self._metrics["train"][name].append(value)

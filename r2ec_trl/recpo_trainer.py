@@ -17,7 +17,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import make_encoder, make_table
 from r2ec_trl.faults import FaultStops
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
-from r2ec_trl.items.scoring import CatalogueScores, exclusion_matrix, target_rank_and_logprob, top_k
+from r2ec_trl.items.scoring import CatalogueScores, exclusion_matrix
 from r2ec_trl.objective import (
     candidate_logprobs,
     clipped_objective,
@@ -130,8 +130,9 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
         add_answer_state(base_model)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             stop_generate_at_marker(base_model, self.reader)
-        self.table = make_table(self.prompts, item_dataset, args.similarity, self.accelerator.device)
-        self._answer_states: torch.Tensor | None = None  # (rows, d), of the newest forward with gradient
+        slices = self.accelerator if args.slice_table else None
+        self.table = make_table(self.prompts, item_dataset, args.similarity, self.accelerator.device, slices)
+        self._answer_states = torch.empty(0)  # (rows, d), of the newest forward with gradient
         self.last_rollout_example: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ set-up
@@ -206,23 +207,25 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
 
         def score(states: torch.Tensor) -> CatalogueScores:
             tau = self.args.item_temperature
-            return target_rank_and_logprob(states, self.table.rows, self._targets, temperature=tau, excluded=excluded)
+            return self.table.rank(states, self._targets, temperature=tau, excluded=excluded)
 
         with self._frozen_policy() as model:
             encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
             with self._timed("score"):
                 states = self.table.project(encoder(sequences)).to(self.table.device)
             with self._timed("items"):
-                encoder = share_encoding(encoder, self.accelerator)
+                encoder = share_encoding(encoder, self.accelerator, self.table)
                 stale = self._refresh_table(encoder, sum(gather_object([sum(map(len, sequences))])))
             if self._is_watched_step():
                 watch_sampler(self, model, self._prompt_ids)
         if self._is_watched_step():
             self._log_table(stale, score, states)
-        self._batch_rows = self.table.rows  # an evaluation gives the table new ones: ratios compare like with like
+        # an evaluation gives the table new rows: ratios compare like with like
+        self._batch_rows = self.table.rows if self.args.item_negatives == "catalogue" else None
+        self._target_rows = self.table.take(self._candidates)
         with self._timed("score"):
             scores = score(states)
-            best = top_k(states, self.table.rows, NUM_TOP_ITEMS, excluded=excluded)[1].tolist()
+            best = self.table.best(states, NUM_TOP_ITEMS, excluded=excluded)[1].tolist()
         self._states = states
         extra = [
             {
@@ -252,7 +255,7 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
             return None
         slice_ = [row for row in self.table.next_slice(budget) if row not in set(self._candidates)]
         self.table.refresh(encoder, slice_)
-        stale = self.table.rows[self._candidates].clone()
+        stale = self.table.take(self._candidates)
         self.table.refresh(encoder, self._candidates)
         return stale
 
@@ -275,21 +278,22 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
         if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0:
             # an optimizer step lies between rollout and update: keep π_old of the item; elsewhere old = new, exactly
             output["old_item_logprobs"] = self._item_logprobs(
-                self._states, self._batch_rows[self._candidates], output["item_positions"]
+                self._states, self._target_rows, output["item_positions"]
             )
         return output
 
     # --------------------------------------------------------------- objective
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        states = []
+        states: list[torch.Tensor] = []
 
         def keep_states(**model_inputs):
             outputs = model(**model_inputs)
-            states.append(getattr(outputs, "answer_state", None))
+            if torch.is_grad_enabled():
+                states.append(outputs.answer_state)
             return outputs
 
         result = super()._get_per_token_logps_and_entropies(keep_states, *args, **kwargs)
-        if torch.is_grad_enabled():
+        if states:
             self._answer_states = torch.cat(states)
         return result
 
@@ -328,14 +332,14 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
     def _candidate_rows(self) -> torch.Tensor:
         """Rows of the generation batch's distinct targets, `(C, d)`, encoded with gradient unless that is off."""
         if self.args.item_gradient == "none":
-            return self._batch_rows[self._candidates]
+            return self._target_rows
         encoder = make_encoder(self.model, self.prompts, self.args.forward_token_budget)
         with self.accelerator.autocast():
             states = encoder([self.table.token_ids[row] for row in self._candidates])
         return self.table.project(states)
 
     def _item_logprobs(self, states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self.args.item_negatives == "batch":
+        if self._batch_rows is None:
             return candidate_logprobs(states, candidates, positions, self.args.item_temperature)
         chosen = torch.tensor(self._candidates, device=candidates.device)
         rows = self._batch_rows.index_copy(0, chosen, candidates.to(self._batch_rows.dtype))

@@ -47,7 +47,7 @@ SETTINGS = {
     "report_to": "none",
     "use_cpu": "true",
 }
-DEADLINE = 300.0  # seconds one start may take
+DEADLINE = 900.0  # seconds one start may take
 
 
 class Run:

@@ -179,7 +179,7 @@ def test_out_of_memory_names_the_knob_of_its_phase(make_trainer, monkeypatch, ph
 
     place = {
         "generate": "trl.GRPOTrainer._generate_single_turn",
-        "score": "r2ec_trl.recpo_trainer.target_rank_and_logprob",
+        "score": "r2ec_trl.items.table.ItemTable.rank",
         "items": "r2ec_trl.recpo_trainer.RecPOTrainer._refresh_table",
         "train": "r2ec_trl.recpo_trainer.RecPOTrainer._item_loss",
     }[phase]

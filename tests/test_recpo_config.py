@@ -99,6 +99,7 @@ def test_importance_correction_is_off_under_truncated_sampling(config):
         ({"item_temperature": 0.0}, "item_temperature"),
         ({"max_eval_users": 0}, "max_eval_users"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"slice_table": True, "item_negatives": "catalogue"}, "slice_table"),
     ],
 )
 def test_refuses(config, settings, words):
@@ -110,6 +111,7 @@ def test_only_paper_values_differ_from_trl():
     ours = {field.name: field.default for field in dataclasses.fields(RecPOConfig)}
     changed = {f.name for f in dataclasses.fields(GRPOConfig) if ours[f.name] != f.default}
     assert changed <= {
+        "optim",
         "learning_rate",
         "num_train_epochs",
         "warmup_steps",

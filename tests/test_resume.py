@@ -149,6 +149,13 @@ def test_a_large_table_is_encoded_anew(make_trainer, shop, tmp_path, monkeypatch
     assert "encoded anew" in caplog.text
 
 
+def test_a_checkpoint_without_its_optimizer_is_said(make_trainer, shop, tmp_path, caplog):
+    train(make_trainer, shop, tmp_path / "run", stop_after=3, save_only_model=True)
+    with caplog.at_level(logging.WARNING):
+        _, users = train(make_trainer, shop, tmp_path / "run", resume="latest", max_steps=3)
+    assert list(users) == [3] and "holds no optimizer" in caplog.text
+
+
 def test_latest_without_any_checkpoint_starts_from_the_beginning(make_trainer, shop, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         _, users = train(make_trainer, shop, tmp_path / "run", resume="latest", max_steps=1)

@@ -86,7 +86,7 @@ def target_rank_and_logprob(
     ```
     """
     num_items = len(rows)
-    chunk_size = _chunk_size(states, rows, chunk_size)
+    chunk_size = chunk_of(states, rows, chunk_size)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     rows_of_targets = targets.tolist()
@@ -100,25 +100,59 @@ def target_rank_and_logprob(
         excluded = excluded.masked_fill(same, -1)
 
     only = _scores(states, rows) if num_items <= chunk_size else None  # one chunk: one product serves both passes
+    score = target_scores(states, rows, targets, chunk_size, only)
+    rank, normaliser = count_against(states, rows, score, temperature, excluded, chunk_size, only)
+    logprob = (score.double() / temperature - normaliser).float()
+    return CatalogueScores(
+        rank=rank.masked_fill(missed, num_items + 1), logprob=logprob.masked_fill(missed, -math.inf), score=score
+    )
+
+
+def target_scores(
+    states: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, chunk_size: int, only: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Score of each state's target, read from the chunked product that ranks it, `(B,)`; NaN where the target is -1.
+
+    Args:
+        states, rows, targets:
+            As in [`target_rank_and_logprob`].
+        chunk_size (`int`):
+            Items scored at once.
+        only (`torch.Tensor` of shape `(B, N)`, *optional*):
+            The scores, where one chunk holds them all.
+    """
     score = states.new_full((len(states),), math.nan, dtype=torch.float32)
-    for start in sorted({row // chunk_size * chunk_size for row in rows_of_targets}):
+    for start in sorted({row // chunk_size * chunk_size for row in targets.tolist() if row >= 0}):
         scores = _scores(states, rows[start : start + chunk_size]) if only is None else only  # (B, chunk)
         column = targets - start
         inside = (column >= 0) & (column < scores.shape[1])
         column = column.clamp(0, scores.shape[1] - 1)
         score = torch.where(inside, scores.gather(1, column[:, None])[:, 0], score)
+    return score
 
-    rank = torch.zeros_like(targets, dtype=torch.int64)
+
+def count_against(
+    states: torch.Tensor,
+    rows: torch.Tensor,
+    score: torch.Tensor,
+    temperature: float,
+    excluded: torch.Tensor,
+    chunk_size: int,
+    only: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How many rows score no worse than `score` (its own counts, if it is among them), int64, and the log-sum-exp of all
+    scores over the temperature, float64; both `(B,)`, over the rows that are not excluded.
+    """
+    count = torch.zeros(len(states), dtype=torch.int64, device=states.device)
     normaliser = score.new_full(score.shape, -math.inf, dtype=torch.float64)
-    for start in range(0, num_items, chunk_size):
+    for start in range(0, len(rows), chunk_size):
         scores = _scores(states, rows[start : start + chunk_size]) if only is None else only  # (B, chunk)
         _exclude(scores, excluded, start)
-        rank += scores.shape[1] - (scores < score[:, None]).sum(dim=1)  # not worse: better, equal, itself
+        count += scores.shape[1] - (scores < score[:, None]).sum(dim=1)  # not worse: better, equal, itself
         normaliser = torch.logaddexp(normaliser, torch.logsumexp(scores.double() / temperature, dim=1))
-    logprob = (score.double() / temperature - normaliser).float()
-    return CatalogueScores(
-        rank=rank.masked_fill(missed, num_items + 1), logprob=logprob.masked_fill(missed, -math.inf), score=score
-    )
+    return count, normaliser
 
 
 @torch.no_grad()
@@ -160,7 +194,7 @@ def top_k(
 
     ```
     """
-    chunk_size = _chunk_size(states, rows, chunk_size)
+    chunk_size = chunk_of(states, rows, chunk_size)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     k = min(k, len(rows))
@@ -205,7 +239,8 @@ def exclusion_matrix(histories: list[list[int]], device: torch.device | str | No
     return torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(histories), width)
 
 
-def _chunk_size(states: torch.Tensor, rows: torch.Tensor, chunk_size: int | None) -> int:
+def chunk_of(states: torch.Tensor, rows: torch.Tensor, chunk_size: int | None = None) -> int:
+    """Items scored at once: as given, or as many as bound the memory."""
     if states.ndim != 2 or rows.ndim != 2 or states.shape[1] != rows.shape[1] or len(rows) == 0:
         shapes = f"{tuple(states.shape)} and {tuple(rows.shape)}"
         raise ValueError(f"states and rows must be (B, d) and (N, d) with at least one row, got {shapes}.")

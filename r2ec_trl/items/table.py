@@ -5,12 +5,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.items.scoring import normalise
+from r2ec_trl.items.scoring import CatalogueScores, normalise, target_rank_and_logprob, top_k
 
 Encoder = Callable[[Sequence[Sequence[int]]], torch.Tensor]
 
@@ -83,6 +84,11 @@ class ItemTable:
         return self._rows is None
 
     @property
+    def num_bytes(self) -> int:
+        """Memory of the rows that this process could save; 0 before the first refresh."""
+        return 0 if self._rows is None else self._rows.numel() * self._rows.element_size()
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all item prompts: what a full refresh forwards."""
         return sum(len(ids) for ids in self.token_ids)
@@ -119,7 +125,23 @@ class ItemTable:
             self._rows = self.project(encoder(self.token_ids)).to(self.device)
         elif len(indices):
             states = self.project(encoder([self.token_ids[row] for row in indices])).to(self.device)
-            self._rows[torch.as_tensor(indices, device=self.device)] = states
+            self.put(indices, states)
+
+    def take(self, indices: Sequence[int]) -> torch.Tensor:
+        """A copy of some rows, `(n, d)`."""
+        return self.rows[torch.as_tensor(indices, device=self.device)]
+
+    def put(self, indices: Sequence[int], rows: torch.Tensor) -> None:
+        """Overwrite some rows."""
+        self.rows[torch.as_tensor(indices, device=self.device)] = rows.to(self.device)
+
+    def rank(self, states: torch.Tensor, targets: torch.Tensor, **options: Any) -> CatalogueScores:
+        """[`~r2ec_trl.items.scoring.target_rank_and_logprob`] over these rows."""
+        return target_rank_and_logprob(states, self.rows, targets, **options)
+
+    def best(self, states: torch.Tensor, k: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`~r2ec_trl.items.scoring.top_k`] over these rows."""
+        return top_k(states, self.rows, k, **options)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         """States as the table scores them: float32, normalised when the similarity is cosine."""
