@@ -7,8 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 GIB = 2**30
+WORKSPACE_BYTES = (
+    0.3 * GIB
+)  # of the matrix libraries, masks and sampling: what three H100 runs took beyond the formulas
 LOG_PROB_TILE = 4096 * 32_768  # logits that TRL's fused head holds at once
 NF4_BYTES, NF4_DOUBLE_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its share of block scales
+STAYS = ("weights", "adapter", "optimizer", "table", "vllm", "workspace")
 OPTIMIZER_BYTES = {  # a trained parameter, besides the parameter: None is twice the parameter's own type
     "sgd": 0.0,
     "adafactor": 0.1,
@@ -212,8 +216,8 @@ def forward_activations(shape: ModelShape, precision: Precision, length: int, au
 
 def memory_plan(shape: ModelShape, workload: Workload, precision: Precision) -> dict[str, float]:
     """
-    Bytes on one device by part: what stays (`weights`, `adapter`, `optimizer`, `table`, `vllm`), what each phase adds
-    (`generate`, `score`, `train`), and `peak`, what stays plus the largest phase.
+    Bytes on one device by part: what stays (`STAYS`), what each phase adds (`generate`, `score`, `train`), and `peak`,
+    what stays plus the largest phase.
     """
     size = precision.compute_bytes
     shards = [1 if precision.zero_stage < stage else precision.processes for stage in (1, 2, 3)]
@@ -249,11 +253,12 @@ def memory_plan(shape: ModelShape, workload: Workload, precision: Precision) -> 
         "optimizer": trained * state / shards[0],
         "table": 4.0 * workload.num_items * shape.hidden,
         "vllm": precision.vllm_bytes,
+        "workspace": WORKSPACE_BYTES,
         "generate": 0.0 if precision.vllm_bytes else _generation_bytes(shape, workload, precision),
         "score": forward_tokens * forward_activations(shape, precision, length, precision.half),
         "train": kept + max(working, head) + gradients + casts,
     }
-    stays = sum(parts[name] for name in ("weights", "adapter", "optimizer", "table", "vllm"))
+    stays = sum(parts[name] for name in STAYS)
     return {**parts, "peak": stays + max(parts[name] for name in ("generate", "score", "train"))}
 
 

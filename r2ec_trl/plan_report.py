@@ -20,13 +20,12 @@ from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.distributed import check_sharding
 from r2ec_trl.errors import UserError
 from r2ec_trl.loading import DEMO, PolicyArguments
-from r2ec_trl.plan import GIB, ModelShape, Precision, Workload, memory_plan, model_shape, optimizer_steps
+from r2ec_trl.plan import GIB, STAYS, ModelShape, Precision, Workload, memory_plan, model_shape, optimizer_steps
 from r2ec_trl.prompts import Prompts
 from r2ec_trl.recpo_config import RecPOConfig
 
 NUM_SAMPLED = 200  # users and items whose prompts are measured
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "vllm")
-STAYS = ("weights", "adapter", "optimizer", "table", "vllm")
 PHASES = {
     "generate": "lower --max_completion_length or users a step, or add --use_vllm",
     "score": "lower --forward_token_budget",

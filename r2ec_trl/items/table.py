@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -135,13 +134,25 @@ class ItemTable:
         """Overwrite some rows."""
         self.rows[torch.as_tensor(indices, device=self.device)] = rows.to(self.device)
 
-    def rank(self, states: torch.Tensor, targets: torch.Tensor, **options: Any) -> CatalogueScores:
+    def rank(
+        self,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        temperature: float,
+        excluded: torch.Tensor | None = None,
+        keep_target: bool = True,
+    ) -> CatalogueScores:
         """[`~r2ec_trl.items.scoring.target_rank_and_logprob`] over these rows."""
-        return target_rank_and_logprob(states, self.rows, targets, **options)
+        return target_rank_and_logprob(
+            states, self.rows, targets, temperature=temperature, excluded=excluded, keep_target=keep_target
+        )
 
-    def best(self, states: torch.Tensor, k: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def best(
+        self, states: torch.Tensor, k: int, *, excluded: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[`~r2ec_trl.items.scoring.top_k`] over these rows."""
-        return top_k(states, self.rows, k, **options)
+        return top_k(states, self.rows, k, excluded=excluded)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         """States as the table scores them: float32, normalised when the similarity is cosine."""
