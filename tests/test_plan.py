@@ -202,7 +202,7 @@ def test_the_recipe_plans_without_loading_the_model(tiny_model_folder, shop_fold
 
 
 def test_the_benchmark_of_a_step_runs_on_a_cpu(capsys):
-    step = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "benchmark_step.py"))
+    step = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "benchmarks" / "step.py"))
     args = step["StepArguments"](
         shape="toy", use_cpu=True, users=2, prompt_tokens=60, completion_tokens=8, num_items=20, steps=2
     )

@@ -1,9 +1,9 @@
 """
 Time and memory of whole RecPO steps on a randomly initialised model of a real one's shape; nothing is downloaded.
 
-    python recipes/benchmark_step.py --shape qwen2.5-3b                        # LoRA in bf16
-    python recipes/benchmark_step.py --shape gemma-2-2b --load_in_4bit         # QLoRA
-    python recipes/benchmark_step.py --shape toy --use_cpu --users 2 --completion_tokens 16 --num_items 20
+    python recipes/benchmark.py --case step --shape qwen2.5-3b                                     # LoRA in bf16
+    python recipes/benchmark.py --case step --shape gemma-2-2b --attn_implementation eager --load_in_4bit    # QLoRA
+    python recipes/benchmark.py --case step --shape toy --use_cpu --users 2 --completion_tokens 16 --num_items 20
 
 The last line is one JSON object: seconds of each step by part, tokens, peak memory by phase, and what
 [`~r2ec_trl.plan.memory_plan`] predicts beside it. Hardware: one GPU of 24 GB or more for the large shapes; the toy
@@ -15,7 +15,6 @@ Measured on an H100 (24 rollouts a step, P = 500, R = 512, transformers' own gen
 without them it was 5 % below all three.
 """
 
-import json
 import logging
 import random
 import tempfile
@@ -23,7 +22,6 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from r2ec_trl.cli import parse, run
+from r2ec_trl.cli import parse
 from r2ec_trl.errors import UserError
 from r2ec_trl.loading import PolicyArguments, load_policy, peft_config
 from r2ec_trl.plan import GIB, Precision, Workload, memory_plan, model_shape
@@ -304,15 +302,11 @@ def measure(args: StepArguments, policy: PolicyArguments) -> dict[str, Any]:
             "peak_gib": peak,
             "plan_gib": plan,
             "measured_over_plan": None if peak is None else round(peak / plan["peak"], 3),
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
         }
 
 
-def main() -> None:
-    args, policy = parse((StepArguments, PolicyArguments), description=__doc__)
+def run(words: list[str]) -> dict[str, Any]:
+    """The case, from its command line."""
+    args, policy = parse((StepArguments, PolicyArguments), words, description=__doc__)
     logging.basicConfig(level=logging.WARNING)
-    print(json.dumps(measure(args, policy)))
-
-
-if __name__ == "__main__":
-    run(main)
+    return measure(args, policy)
