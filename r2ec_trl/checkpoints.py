@@ -123,6 +123,8 @@ class WholeCheckpoints(_Base):
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             self._epochs_done = int(state["epoch"] + 1e-9)
             self._resume_table(folder)
+            if self.args.device.type == "cpu":  # of several processes it is "cpu:0", a place torch.load does not know
+                vars(self.args)["_setup_devices"] = torch.device("cpu")
             logger.info("Resuming from %s (step %d).", folder, state["global_step"])
             if not [path for pattern in ("optimizer.*", "global_step*") for path in folder.glob(pattern)]:
                 logger.warning("%s holds no optimizer (`save_only_model`): it starts anew.", folder)

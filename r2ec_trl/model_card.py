@@ -29,7 +29,7 @@ def write_card(card: str | None, meta: Mapping[str, Any]) -> str:
     data["base_model"] = base if "/" in base and not os.path.exists(base) else None  # the hub takes no folders
     data["library_name"] = "peft" if meta["adapter"] else "transformers"
     data["tags"] = sorted({*(data.get("tags") or []), *_TAGS})
-    text = parsed.text.strip()
+    text = parsed.text.strip().replace("[None](https://huggingface.co/None)", "a model in a local folder")
     if BEGIN in text:
         text = re.sub(f"{BEGIN}.*?{END}", lambda _: section, text, flags=re.DOTALL)
     elif "## Quick start" in text:

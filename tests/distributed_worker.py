@@ -6,7 +6,7 @@ it and compares what it writes.
     accelerate launch --config_file accelerate_configs/zero2.yaml tests/distributed_worker.py CASES.json
 
 CASES.json is a list of runs: `trainer` ("recpo" or "contrastive"), `settings` (of its config), `model` and `dataset`
-(folders), `adapter` (folder or null), `train_rows`, `evaluate` and `output` (the file to write).
+(folders), `adapter` (folder or null), `train_rows`, `evaluate`, `resume` and `output` (the file to write).
 """
 
 import json
@@ -137,7 +137,7 @@ def run_case(case):
         return loss
 
     trainer.training_step = recording_training_step
-    trainer.train()
+    trainer.train(resume_from_checkpoint=case.get("resume"))
     accumulation = trainer.args.gradient_accumulation_steps
     steps = torch.tensor(losses).view(-1, accumulation).sum(1)  # micro-batches are normalised already
     evaluation = trainer.evaluate_frame(trainer.eval_dataset.select(range(5))) if case["evaluate"] else None

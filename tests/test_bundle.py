@@ -385,16 +385,16 @@ def test_the_card_tells_how_to_use_it_and_what_it_reached(own, shop, tiny_model_
     bundle = Bundle.load(own)
     frame = bundle.evaluate(shop["test"])
     ranks = {"popularity": (frame["rank"].to_numpy(), frame["rank_masked"].to_numpy())}
-    trl_card = (
-        "---\nlibrary_name: transformers\ntags:\n- grpo\n---\n\n# Run\n\n## Quick start\n\nchat\n\n## Citations\n\nx\n"
+    bundle.model_card = (
+        "---\nlibrary_name: transformers\ntags:\n- grpo\n---\n\n# Run\n\nOf [None](https://huggingface.co/None)\n\n"
+        "## Quick start\n\nchat\n\n## Citations\n\nx\n"
     )
-    bundle.model_card = trl_card
     for _ in range(2):  # the second time replaces the section
         bundle.record_metrics({"before": report(frame, {}, {}), "after": report(frame, ranks, {})})
     text = (own / "README.md").read_text()
     assert text.count("## Recommendation") == 1 and "chat" not in text and "## Citations\n\nx" in text
     assert "Recommender.from_pretrained" in text and "| item_temperature | 0.05 |" in text
     assert "| metric | before | after | popularity |" in text and "| hit@10, history masked |" in text
-    assert "- grpo" in text and "library_name: peft" in text
+    assert "- grpo" in text and "library_name: peft" in text and "Of a model in a local folder" in text
     assert str(tiny_model_folder("llama")) not in text  # a folder is no base model of the hub's
     assert Bundle.load(own).meta["metrics"]["after"]["rows"] == 10

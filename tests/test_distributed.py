@@ -20,6 +20,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from r2ec_trl.checkpoints import is_whole
 from r2ec_trl.contrastive_trainer import ContrastiveConfig
 from r2ec_trl.errors import UserError
 
@@ -161,7 +162,7 @@ def run_cases(tiny_model_folder, shop_folder, adapter_folder, tmp_path_factory):
                 "output": str(folder / f"result{number}.pt"),
                 "evaluate": True,
                 **case,
-                "settings": {**case["settings"], "output_dir": str(folder / f"run{number}")},
+                "settings": {"output_dir": str(folder / f"run{number}"), **case["settings"]},
             }
             for number, case in enumerate(cases)
         ]
@@ -247,6 +248,23 @@ def test_the_reference_run_trains_tokens_and_items(results):
         record = results("plain", 1)[1, weights, None]
         assert all(abs(row["item/loss"]) > 1e-3 and row["entropy"] > 0.1 for row in record["logs"] if "loss" in row)
         assert all(sum(value.norm() for value in step.values()) > 1e-2 for step in record["gradients"])
+
+
+@pytest.mark.parametrize(("engine", "weights"), [("plain", "lora"), ("zero2", "lora"), ("zero3", "full")])
+def test_two_processes_resume_to_the_same_numbers(run_cases, tmp_path, engine, weights):
+    """Four AdamW steps, against two, a checkpoint and two more; the third starts the second epoch."""
+    batch = {"per_device_train_batch_size": ROLLOUTS // 2, "optim": "adamw_torch", "learning_rate": 1e-3}
+    saving = {"save_strategy": "steps", "save_steps": 2, "shuffle_dataset": True, **batch}
+    whole = {"weights": weights, "settings": {**SETTINGS, **batch, "shuffle_dataset": True, "max_steps": 4}}
+    first = {"weights": weights, "settings": {**SETTINGS, **saving, "output_dir": str(tmp_path / "run")}}
+    second = {**first, "resume": "latest", "settings": {**first["settings"], "max_steps": 4}}
+    expected, _, resumed = run_cases(engine, 2, [whole, first, second])
+    assert_engine(resumed, engine, 2)
+    assert len(resumed["gradients"]) == 2
+    assert distance(resumed["gradients"][0], expected["gradients"][2]) < TOLERANCE
+    assert distance(resumed["parameters"], expected["parameters"]) < TOLERANCE
+    assert torch.allclose(resumed["table"], expected["table"], atol=1e-5)
+    assert is_whole(tmp_path / "run" / "checkpoint-4")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from oracle import advantages_of, distance, goes_red, record, row_of
 from transformers import LogitsProcessorList
 
 import r2ec_trl.recpo_trainer as recpo_trainer
+from r2ec_trl.errors import UserError
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.rollouts import MarkerReader
 
@@ -328,6 +329,6 @@ def test_15_out_of_memory_is_never_swallowed(make_trainer, replay, sample):
             raise torch.OutOfMemoryError("out of memory")
 
         setattr(trainer, name, explode)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(UserError, match="Out of memory"):
             trainer.train()
         assert trainer.state.global_step == 0

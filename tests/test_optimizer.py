@@ -25,6 +25,7 @@ def test_a_gpu_gets_the_papers_optimizer_and_a_cpu_the_plain_one(monkeypatch, ca
     assert caplog.text.count("plain AdamW") == 1
     assert RecPOConfig(str(tmp_path), use_cpu=True, optim="sgd").optim == "sgd"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: "a module")
     assert optimizer.resolve_optimizer("auto", use_cpu=False) == "paged_adamw_8bit"
     assert optimizer.resolve_optimizer("auto", use_cpu=True) == "adamw_torch"
     monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: None)
@@ -83,7 +84,9 @@ def assert_only_the_adapter_moved(trainer, logs, before, after, steps):
     assert adapter and not any(torch.equal(before[name], after[name]) for name in adapter)
 
 
+@pytest.mark.slow  # where bitsandbytes is installed
 def test_qlora_steps_leave_the_base_as_it_was_bit_for_bit(tiny_model_folder, shop, tmp_path):
+    pytest.importorskip("bitsandbytes")
     result = train_qlora(tiny_model_folder("llama"), shop, tmp_path, steps=3)
     assert_only_the_adapter_moved(*result, steps=3)
 

@@ -6,6 +6,7 @@ import datetime
 import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,13 @@ def prepare(
     filters = filters or Filters()
     dropped = Counter(source.dropped)
     facts: dict[str, Any] = {"raw_interactions": source.interactions.height}
-    events = sort_events(source, filters.tie_break)
+    with ThreadPoolExecutor(1) as pool:  # polars leaves the interpreter free
+        cleaning = pool.submit(item_text, source.items, _fields(item_fields, source), max_field_words)
+        events = sort_events(source, filters.tie_break)
+        items = cleaning.result()
     events = drop_repeats(events, filters.repeats, dropped)
     if filters.min_rating is not None:
         events = _drop_low_ratings(events, filters.min_rating, dropped)
-    items = item_text(source.items, _fields(item_fields, source), max_field_words)
     events, items = filter_items(events, items, source.items, item_filter or ItemFilter(), dropped)
     if filters.window_start or filters.window_end:
         events, start = time_window(
@@ -138,9 +141,12 @@ def prepare(
         )
     facts.update(_facts(events))
     targets = split_targets(events, rule, dropped)
-    splits = {
-        split: write_rows(part, Path(scratch) / f"{split}.arrow", rule.max_history) for split, part in targets.items()
-    }
+    with ThreadPoolExecutor() as pool:
+        writing = {
+            split: pool.submit(write_rows, part, Path(scratch) / f"{split}.arrow", rule.max_history)
+            for split, part in targets.items()
+        }
+        splits = {split: future.result() for split, future in writing.items()}
     splits[ITEMS] = to_dataset(_catalogue(items, events))
     return Prepared(DatasetDict(splits), Counter({cause: count for cause, count in dropped.items() if count}), facts)
 

@@ -9,6 +9,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import polars as pl
@@ -66,17 +67,20 @@ def open_maybe_gzip(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, bytes]]:
-    """Pairs of the number of the first line (from 1) and the bytes of whole lines."""
+    """Pairs of the number of the first line (from 1) and the bytes of whole lines; the next block is read meanwhile."""
     first_row, rest = 1, b""
-    with open_maybe_gzip(path) as file:
+    with open_maybe_gzip(path) as file, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(file.read, block_bytes)
         while True:
             try:
-                read = file.read(block_bytes)
+                read = reading.result()
             except (OSError, EOFError, zlib.error) as error:
                 row = first_row + rest.count(b"\n")
                 raise UserError(
                     f"{path} is damaged after row {row - 1} ({' '.join(str(error).split())}): fetch the file again."
                 ) from error
+            if read:
+                reading = pool.submit(file.read, block_bytes)
             end = read.rfind(b"\n") + 1
             if read and not end:
                 rest += read
