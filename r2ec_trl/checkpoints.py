@@ -124,7 +124,7 @@ class WholeCheckpoints(_Base):
             self._epochs_done = int(state["epoch"] + 1e-9)
             self._resume_table(folder)
             if self.args.device.type == "cpu":  # of several processes it is "cpu:0", a place torch.load does not know
-                vars(self.args)["_setup_devices"] = torch.device("cpu")
+                self.args.__dict__["_setup_devices"] = torch.device("cpu")
             logger.info("Resuming from %s (step %d).", folder, state["global_step"])
             if not [path for pattern in ("optimizer.*", "global_step*") for path in folder.glob(pattern)]:
                 logger.warning("%s holds no optimizer (`save_only_model`): it starts anew.", folder)
