@@ -35,6 +35,7 @@ MEMORY_KNOBS = {
     "`--per_device_train_batch_size` x `--steps_per_generation` are generated at once), or add `--use_vllm`",
     "score": "lower `--forward_token_budget`",
     "items": "lower `--forward_token_budget`",
+    "evaluate": "lower `--forward_token_budget` (greedy rollouts take twice as many tokens at once)",
     "train": "lower `--per_device_train_batch_size` (and raise `--gradient_accumulation_steps` as much), leave "
     "`--gradient_checkpointing` on, or add `--load_in_4bit`",
 }
@@ -176,13 +177,14 @@ class FaultStops(_Base):
     Mixin for a [`~transformers.Trainer`]. What is overridden, and why:
 
     - `train`: out of memory, a lost process and any error on one process end all of them, with a sentence.
+    - `evaluate`: an error in it is told from one in a step.
     - `training_step`: a loss that is no number ends the run (transformers hides it from the log), its rows saved.
     - `_prepare_inputs`: remembers the micro-batch for that.
     - `_get_grad_norm`: a gradient that is no number ends the run before it reaches the weights.
     - `_calculate_rewards`: a reward that is no number ends the run, the rollouts saved.
     """
 
-    phase = "train"  # what a failure happened in: "generate", "score", "items" or "train"
+    phase = "train"  # what a failure happens in, a key of MEMORY_KNOBS
     _micro_batch: Any = None
     _watch: ProcessWatch | None = None
 
@@ -216,6 +218,12 @@ class FaultStops(_Base):
             path = self._save_offenders(_rows_of(self._micro_batch, self.processing_class))
             raise UserError(f"The loss is {loss.item()} at step {self.state.global_step}; its rows are in {path}.")
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any):
+        self.come_to("evaluate")
+        metrics = super().evaluate(*args, **kwargs)
+        self.come_to("train")
+        return metrics
 
     def come_to(self, phase: str) -> None:
         """The step has come to a phase: an error now belongs to it, and the other processes can see it."""

@@ -172,7 +172,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(make_trainer, mo
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
 
-@pytest.mark.parametrize("phase", ["generate", "score", "items", "train"])
+@pytest.mark.parametrize("phase", ["generate", "score", "items", "train", "evaluate"])
 def test_out_of_memory_names_the_knob_of_its_phase(make_trainer, monkeypatch, phase):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -182,11 +182,13 @@ def test_out_of_memory_names_the_knob_of_its_phase(make_trainer, monkeypatch, ph
         "score": "r2ec_trl.items.table.ItemTable.rank",
         "items": "r2ec_trl.recpo_trainer.RecPOTrainer._refresh_table",
         "train": "r2ec_trl.recpo_trainer.RecPOTrainer._item_loss",
+        "evaluate": "r2ec_trl.greedy_evaluation.evaluate_users",
     }[phase]
     monkeypatch.setattr(place, fail)
+    step = 1 if phase == "evaluate" else 0
     with pytest.raises(UserError) as caught:
-        make_trainer(watch_steps=0).train()
-    assert str(caught.value) == f"Out of memory in '{phase}' (rank 0, step 0); {MEMORY_KNOBS[phase]}."
+        make_trainer(watch_steps=0, eval_strategy="steps", eval_steps=1).train()
+    assert str(caught.value) == f"Out of memory in '{phase}' (rank 0, step {step}); {MEMORY_KNOBS[phase]}."
 
 
 def test_other_errors_keep_their_kind(make_trainer, monkeypatch):
