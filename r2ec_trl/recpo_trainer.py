@@ -49,8 +49,8 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
     - `_generate_and_score_completions`: adds what the item term needs, and RLOO's factor n/(n-1).
     - `_get_per_token_logps_and_entropies`: keeps the answer states of the loss's own forward.
     - `_compute_loss`: adds the item term (M6, M7), normalised over the generation batch like one more token.
-    - `train`, `training_step`, `_prepare_inputs` and `_get_grad_norm` (from [`FaultStops`]): out-of-memory, NaN and hung
-      processes stop the run with one sentence on every rank.
+    - `train`, `training_step`, `_prepare_inputs` and `_get_grad_norm` (from [`FaultStops`]): out-of-memory, NaN and
+      hung processes stop the run with one sentence on every rank.
     - `train`, `_save_checkpoint` and `_get_train_sampler` (from [`WholeCheckpoints`]): checkpoints are whole or not
       there, hold the table, and a resumed run sees the users that it would have seen.
     - `evaluate` (from [`GreedyEvaluation`]): TRL's samples G rollouts and averages batches; ours ranks greedily.

@@ -67,7 +67,7 @@ def open_maybe_gzip(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, bytes]]:
-    """Pairs of the number of the first line (from 1) and the bytes of whole lines; the next block is read meanwhile."""
+    """Pairs of the first line's number (from 1) and the bytes of whole lines; the next block is read meanwhile."""
     first_row, rest = 1, b""
     with open_maybe_gzip(path) as file, ThreadPoolExecutor(1) as pool:
         reading = pool.submit(file.read, block_bytes)
