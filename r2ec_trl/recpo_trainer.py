@@ -18,12 +18,7 @@ from r2ec_trl.evaluation import make_encoder, make_table
 from r2ec_trl.faults import FaultStops
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.items.scoring import CatalogueScores, exclusion_matrix
-from r2ec_trl.objective import (
-    candidate_logprobs,
-    clipped_objective,
-    item_credit_weights,
-    rloo_factor,
-)
+from r2ec_trl.objective import candidate_logprobs, clipped_objective, item_credit_weights, rloo_factor
 from r2ec_trl.prompts import Prompts
 from r2ec_trl.recpo_config import RecPOConfig
 from r2ec_trl.recpo_metrics import RecPOMetrics
