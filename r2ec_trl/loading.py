@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
 from r2ec_trl.adapters import attach_adapter, read_adapter_config
@@ -107,6 +108,11 @@ def load_policy(
         raise UserError("No model given; add `--model_name_or_path NAME_OR_FOLDER`.")
     name = str(DEMO_POLICY) if name == DEMO else name
     quantization = get_quantization_config(args)
+    if quantization is not None and is_deepspeed_zero3_enabled():
+        raise UserError(
+            "ZeRO-3 cannot share out quantised weights; launch with accelerate_configs/zero2.yaml, or leave "
+            "`--load_in_4bit` and `--load_in_8bit` out."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             tokenizer_path or name, revision=args.model_revision, trust_remote_code=trust_remote_code
@@ -119,7 +125,9 @@ def load_policy(
             attn_implementation=args.attn_implementation,
             quantization_config=quantization,
             device_map=(
-                {"": PartialState().process_index if torch.cuda.is_available() else "cpu"} if quantization else None
+                {"": PartialState().local_process_index if torch.cuda.is_available() else "cpu"}
+                if quantization
+                else None
             ),
             use_safetensors=True,
         )

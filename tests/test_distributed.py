@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from r2ec_trl.checkpoints import is_whole
 from r2ec_trl.contrastive_trainer import ContrastiveConfig
 from r2ec_trl.errors import UserError
+from r2ec_trl.loading import PolicyArguments, load_policy
 
 pytestmark = pytest.mark.distributed
 
@@ -278,6 +279,12 @@ def test_zero3_refuses_what_deepspeed_cannot_do(monkeypatch, make_trainer, setti
     monkeypatch.setattr("r2ec_trl.distributed.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match=words):
         make_trainer(**settings)
+
+
+def test_zero3_refuses_a_quantised_base(monkeypatch, tiny_model_folder):
+    monkeypatch.setattr("r2ec_trl.loading.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match="zero2.yaml"):
+        load_policy(PolicyArguments(model_name_or_path=str(tiny_model_folder("llama")), load_in_4bit=True))
 
 
 def test_contrastive_training_and_evaluation_on_two_processes(run_cases):
