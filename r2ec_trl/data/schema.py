@@ -107,11 +107,12 @@ def save_dataset_folder(dataset: DatasetDict, path: str | os.PathLike[str], card
         target.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:  # checking, hashing and writing all leave the interpreter free
             checked = pool.submit(validate_dataset, dataset, str(path))
-            hashed = {split: pool.submit(sha256_of, arrow_batches(part)) for split, part in dataset.items()}
+            there = [split for split in (*SPLITS, ITEMS) if split in dataset]
+            hashed = {split: pool.submit(sha256_of, arrow_batches(dataset[split])) for split in there}
             if checked.exception() is None:
                 _write_splits(dataset, temporary)
             checked.result()
-            digests = {split: hashed[split].result() for split in (*SPLITS, ITEMS)}
+            digests = {split: future.result() for split, future in hashed.items()}
         _name_splits(temporary, digests)
         counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in (*SPLITS, ITEMS)}}
         text = json.dumps({**card, "counts": counts, "sha256": digests}, indent=2, ensure_ascii=False)
