@@ -25,6 +25,7 @@ def test_a_gpu_gets_the_papers_optimizer_and_a_cpu_the_plain_one(monkeypatch, ca
     assert caplog.text.count("plain AdamW") == 1
     assert RecPOConfig(str(tmp_path), use_cpu=True, optim="sgd").optim == "sgd"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: "a module")
     assert optimizer.resolve_optimizer("auto", use_cpu=False) == "paged_adamw_8bit"
     assert optimizer.resolve_optimizer("auto", use_cpu=True) == "adamw_torch"
@@ -43,6 +44,7 @@ class Losses(TrainerCallback):
 
 def train_qlora(model, shop, output_dir, steps):
     """Two users, two rollouts each, on an NF4 base; the trainer, its logs, and the base before and after."""
+    pytest.importorskip("bitsandbytes")
     policy = PolicyArguments(model_name_or_path=str(model), load_in_4bit=True, use_bnb_nested_quant=True)
     model, tokenizer = load_policy(policy, trainable=True)
     losses = Losses()
