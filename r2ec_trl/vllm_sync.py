@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -228,8 +227,8 @@ class MergedSync(VLLMGeneration):
     def close(self) -> None:
         """Shut a colocated engine down while the process groups are still there; it complains at exit otherwise."""
         self.accelerator.wait_for_everyone()
-        self.llm = None
-        gc.collect()
+        if self.mode == "colocate":
+            self.llm.llm_engine.engine_core.shutdown()
 
     @contextmanager
     def _server_errors(self) -> Iterator[None]:
