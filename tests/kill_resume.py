@@ -10,6 +10,7 @@ metrics and ranks of each must be those of the unbroken run. The last line is on
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -75,9 +76,14 @@ class Run:
         """Step of the newest whole checkpoint."""
         return max([0, *(int(path.name.split("-")[1]) for path in checkpoints(self.output) if is_whole(path))])
 
-    def is_saving(self) -> bool:
-        """Whether a checkpoint is half-written at this moment."""
-        return any(not is_whole(path) for path in checkpoints(self.output))
+    def half_written(self) -> set[tuple[str, int]]:
+        """Checkpoints that are not whole at this moment: name and inode, which a folder made anew does not share."""
+        found = set()
+        for path in checkpoints(self.output):
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                if not is_whole(path):
+                    found.add((path.name, path.stat().st_ino))
+        return found
 
     def finish(self) -> None:
         """Train to the end."""
@@ -92,7 +98,7 @@ class Run:
 
 def kill_once(run: Run, draw: random.Random, while_saving: bool) -> dict | None:
     """Start, kill at a random moment, and say what was left; `None` if the run came to its end before."""
-    already = run.last_step()
+    already, leftovers = run.last_step(), run.half_written()
     process = run.start()
     goal = draw.randint(min(STEPS, already + 1), min(STEPS, already + 6))  # near enough for several kills a run
     end, moment = time.monotonic() + DEADLINE, None
@@ -101,18 +107,18 @@ def kill_once(run: Run, draw: random.Random, while_saving: bool) -> dict | None:
             raise SystemExit(f"No progress for {DEADLINE:.0f} s; see {run.log}.")
         if moment is None and run.last_step() >= goal:
             moment = time.monotonic() + draw.uniform(0.0, 0.5)
-        if moment is not None and (run.is_saving() if while_saving else time.monotonic() > moment):
+        if moment is not None and (run.half_written() - leftovers if while_saving else time.monotonic() > moment):
             break
         time.sleep(0.001 if while_saving and moment is not None else 0.02)
     if process.poll() is not None:
         if process.returncode:
             raise SystemExit(f"The run ended with status {process.returncode}:\n{run.log.read_text()[-3000:]}")
         return None
-    saving = run.is_saving()
+    saving = bool(run.half_written() - leftovers)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     left = {"last_step": run.last_step(), "saved_step": run.saved_step(), "while_saving": saving}
-    left["half_written"] = [path.name for path in checkpoints(run.output) if not is_whole(path)]
+    left["half_written"] = sorted(name for name, _ in run.half_written())
     if left["last_step"] - left["saved_step"] > SAVE_STEPS:
         raise SystemExit(f"More than a save interval is lost: {left}")
     return left
