@@ -61,9 +61,10 @@ def load_dataset(name: str | None, output_dir: str | os.PathLike = ".") -> tuple
         raise UserError("No dataset given; add `--dataset FOLDER` (recipes/prepare_data.py writes one).")
     if name == DEMO:
         name = os.path.join(output_dir, "demo_dataset")
-        if not os.path.isdir(name):
-            dataset, card = make_demo()
-            save_dataset_folder(dataset, name, card)
+        with PartialState().main_process_first():
+            if not os.path.isdir(name):
+                dataset, card = make_demo()
+                save_dataset_folder(dataset, name, card)
     return load_dataset_folder(name), load_dataset_card(name)
 
 
