@@ -10,6 +10,7 @@ CASES.json is a list of runs: `trainer` ("recpo" or "contrastive"), `settings` (
 """
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -164,6 +165,8 @@ def main():
         AcceleratorState._reset_state()  # the next run's batch sizes are other ones; the process group stays
         GradientState._reset_state()
     PartialState().destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads can abort an interpreter that shuts down in order ("terminate called without ...")
 
 
 if __name__ == "__main__":
