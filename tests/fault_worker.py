@@ -30,7 +30,10 @@ class FaultyTrainer(RecPOTrainer):
 
     def _is_due(self, first: bool) -> bool:
         rank = 0 if first else self.accelerator.num_processes - 1
-        return self.state.global_step == STEP and self.accelerator.process_index == rank
+        due = self.state.global_step == STEP and self.accelerator.process_index == rank
+        if due:
+            print("going wrong", flush=True)
+        return due
 
     def _generate(self, prompts):
         if self.fault == "hang" and self._is_due(first=False):

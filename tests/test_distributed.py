@@ -168,7 +168,7 @@ def run_cases(tiny_model_folder, shop_folder, adapter_folder, tmp_path_factory):
             for number, case in enumerate(cases)
         ]
         (folder / "cases.json").write_text(json.dumps(written))
-        launch(engine, processes, WORKER, str(folder / "cases.json"), timeout=120 + 60 * len(cases))
+        launch(engine, processes, WORKER, str(folder / "cases.json"), timeout=400 + 60 * len(cases))
         return [torch.load(case["output"], weights_only=False) for case in written]
 
     return run
