@@ -37,7 +37,7 @@ class _Columns:
         parts: dict[str, list[np.ndarray]] = {}
         self.in_histories = np.zeros(len(items), np.int64)
         for table in arrow_batches(rows):
-            for name, values in self._reduce(table.combine_chunks(), items, users).items():
+            for name, values in self._reduce(table, items, users).items():
                 parts.setdefault(name, []).append(values)
         self.parts = {name: np.concatenate(values) for name, values in parts.items()}
 

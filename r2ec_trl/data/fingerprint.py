@@ -25,9 +25,9 @@ def sha256_of(batches: Iterable[pa.Table]) -> str:
     columns: dict[str, tuple[str, list]] = {}
     for batch in batches:
         for name in batch.column_names:
-            values = batch[name].combine_chunks()
-            parts = columns.setdefault(name, (_plain_type(values.type), []))[1]
-            _update(parts, values, 0)
+            parts = columns.setdefault(name, (_plain_type(batch[name].type), []))[1]
+            for values in batch[name].chunks:
+                _update(parts, values, 0)
     digest = hashlib.sha256()
     for name in sorted(columns):
         kind, parts = columns[name]

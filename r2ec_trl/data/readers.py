@@ -16,7 +16,7 @@ import polars as pl
 
 from ..errors import UserError
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 UNREADABLE = "row that cannot be read"
 ROW = "__row__"  # no source has a column of this name
 Schema = dict[str, Any]  # column -> pl.String or pl.List(pl.String)

@@ -13,15 +13,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from .events import Events
-from .schema import BATCH_ROWS
+from .schema import BLOCK_ROWS
 from .splits import Targets, first_of_user
-
-IN_MEMORY = 20_000_000  # history items of a split: about a gigabyte
 
 
 def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int) -> Dataset:
     """
-    The rows of a split, in memory or, where they are many, in an Arrow file that is opened memory-mapped.
+    Write the rows of a split to an Arrow file and open it memory-mapped.
 
     Args:
         targets ([`~r2ec_trl.data.splits.Targets`]):
@@ -37,11 +35,9 @@ def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int)
     starts = np.maximum(first[positions], positions - max_history)
     events = replace(events, time=events.time // events.ticks_per_second, ticks_per_second=1)
     batches = (
-        _block(events, positions[at : at + BATCH_ROWS], starts[at : at + BATCH_ROWS], user_ids, item_ids)
-        for at in range(0, len(positions), BATCH_ROWS)
+        _block(events, positions[at : at + BLOCK_ROWS], starts[at : at + BLOCK_ROWS], user_ids, item_ids)
+        for at in range(0, len(positions), BLOCK_ROWS)
     )
-    if (positions - starts).sum() <= IN_MEMORY:
-        return Dataset(pa.Table.from_batches(list(batches)))
     with pa.OSFile(str(path), "wb") as file:
         head = next(batches)
         with pa.ipc.new_stream(file, head.schema) as writer:

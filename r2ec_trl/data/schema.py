@@ -36,7 +36,8 @@ _OPTIONAL = {
     "history_timestamps": "list of whole seconds",
     "timestamp": "whole seconds",
 }
-BATCH_ROWS = 500_000
+BATCH_ROWS = 500_000  # looked at together
+BLOCK_ROWS = 100_000  # of a record batch on disk
 
 
 def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:
@@ -109,9 +110,9 @@ def save_dataset_folder(dataset: DatasetDict, path: str | os.PathLike[str], card
             checked = pool.submit(validate_dataset, dataset, str(path))
             there = [split for split in (*SPLITS, ITEMS) if split in dataset]
             hashed = {split: pool.submit(sha256_of, arrow_batches(dataset[split])) for split in there}
-            if checked.exception() is None:
-                _write_splits(dataset, temporary)
+            written = pool.submit(_write_splits, dataset, temporary)
             checked.result()
+            written.result()
             digests = {split: future.result() for split, future in hashed.items()}
         _name_splits(temporary, digests)
         counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in (*SPLITS, ITEMS)}}
@@ -180,7 +181,7 @@ def _write_splits(dataset: DatasetDict, folder: Path) -> None:
         state = json.loads((folder / split / "state.json").read_text(encoding="utf-8"))
         schema = frame[split].features.arrow_schema
         with pa.ipc.new_stream(str(folder / split / state["_data_files"][0]["filename"]), schema) as writer:
-            for batch in arrow_batches(dataset[split]):
+            for batch in arrow_batches(dataset[split], BLOCK_ROWS):
                 writer.write_table(batch.combine_chunks().cast(schema))
 
 
@@ -220,8 +221,7 @@ def _check_rows(rows: Dataset, catalogue: pa.Array, where: str) -> None:
     for column in optional:
         _check_column(rows, column, _OPTIONAL[column], where)
     start = 0
-    for batch in arrow_batches(rows):
-        table = batch.combine_chunks()
+    for table in arrow_batches(rows):
         for column in (*_REQUIRED, *optional):
             _raise_at(pc.is_null(table[column]), start, where, f"has no {column}")
         lengths = pc.list_value_length(table["history"])
@@ -242,7 +242,7 @@ def _check_rows(rows: Dataset, catalogue: pa.Array, where: str) -> None:
 def _check_inner(table: pa.Table, column: str, mask: pa.ChunkedArray, start: int, where: str, fault: str) -> None:
     if pc.any(mask).as_py():
         position = pc.index(mask, True).as_py()
-        row = start + pc.list_parent_indices(table[column])[position].as_py()
+        row = start + pc.list_parent_indices(table[column].combine_chunks())[position].as_py()
         value = pc.list_flatten(table[column])[position].as_py()
         raise UserError(f"{where}, row {row}: {column} {fault} ({value!r}); mend the row or leave it out.")
 

@@ -52,10 +52,11 @@ def item_text(items: pl.DataFrame, fields: Sequence[str] | None, max_words: int 
 def clean_text(text: pl.Series, max_words: int | None = None) -> pl.Series:
     """Text without tags, entities and runs of blanks; an empty one becomes null. Cleaning twice changes nothing."""
     cleaned = _without_markup(_collapse(text))
-    column = pl.col(cleaned.name)
     if max_words is not None:
-        column = column.str.split(" ").list.head(max_words).list.join(" ")
-    return cleaned.to_frame().select(pl.when(column != "").then(column)).to_series()
+        long = (cleaned.str.count_matches(" ", literal=True) >= max_words).arg_true()
+        short = cleaned.gather(long).str.split(" ").list.head(max_words).list.join(" ")
+        cleaned = cleaned.scatter(long, short)
+    return cleaned.set(cleaned == "", None)
 
 
 def _collapse(text: pl.Series) -> pl.Series:
@@ -79,5 +80,5 @@ def _without_markup(text: pl.Series) -> pl.Series:
 
 def _as_string(column: pl.Series) -> pl.Series:
     if isinstance(column.dtype, pl.List):
-        return column.list.eval(pl.element().cast(pl.String)).list.drop_nulls().list.join(" ")
+        return column.cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
     return column.cast(pl.String)
