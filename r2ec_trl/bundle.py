@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from r2ec_trl.bundle_parts import (
     read_items,
     read_json,
     read_table,
+    table_of,
     write_catalogue,
     write_json,
     write_text,
@@ -45,6 +47,7 @@ from r2ec_trl.items.table import ItemTable
 from r2ec_trl.loading import DEMO, PolicyArguments, load_policy, quantization_of
 from r2ec_trl.model_card import write_card
 from r2ec_trl.prompts import PromptConfig, Prompts
+from r2ec_trl.rollouts import Rollout
 
 PROTOCOL_KEYS = ("reasoning", "max_new_tokens", "item_temperature", "token_budget")
 
@@ -59,7 +62,8 @@ class Bundle:
         prompts ([`~r2ec_trl.prompts.Prompts`]), table ([`~r2ec_trl.items.table.ItemTable`]), items:
             Prompt maker, item table encoded with `model`, and the catalogue's rows in the table's order.
         protocol (`dict`):
-            At least `reasoning` (`"full"` or `"none"`), `max_new_tokens`, `item_temperature` and `token_budget`.
+            At least `reasoning` (`"full"` or `"none"`), `max_new_tokens`, `item_temperature` and `token_budget`; with
+            `bf16` true, forwards run in bfloat16 as `--bf16` does it.
         dataset_card, metrics (`dict`, *optional*):
             Where the users came from, and the figures on the test split.
         model_card (`str`, *optional*):
@@ -112,7 +116,11 @@ class Bundle:
     # ------------------------------------------------------------- load and save
     @classmethod
     def load(
-        cls, name_or_folder: str | os.PathLike, model_name_or_path: str | None = None, device: str | None = None
+        cls,
+        name_or_folder: str | os.PathLike,
+        model_name_or_path: str | None = None,
+        device: str | None = None,
+        table_device: str | None = None,
     ) -> "Bundle":
         """
         Read a bundle and check that its parts belong together.
@@ -124,6 +132,8 @@ class Bundle:
                 Base model of the adapter, if the recorded one lies elsewhere now.
             device (`str`, *optional*):
                 The GPU if there is one, by default.
+            table_device (`str`, *optional*):
+                Where the item table lives, beside the model by default; on `"cpu"` it stays memory-mapped.
 
         Raises:
             [`UserError`]: when it is no bundle, or its item table was made with other weights, another base model,
@@ -163,7 +173,7 @@ class Bundle:
         bundle = cls(
             model.eval(),
             prompts,
-            _table_of(prompts, items, rows.to(model.device), similarity),
+            table_of(prompts, items, rows.to(table_device or model.device), similarity),
             items,
             protocol=protocol,
             folder=folder if is_local else None,
@@ -247,19 +257,29 @@ class Bundle:
         return str(commit)
 
     # ------------------------------------------------------------------ evaluate
-    def evaluate(self, dataset: Dataset, reasoning: str | None = None) -> pl.DataFrame:
+    def evaluate(
+        self, dataset: Dataset, reasoning: str | None = None, rollouts: Sequence[Rollout] | None = None
+    ) -> pl.DataFrame:
         """One row a user, see [`~r2ec_trl.evaluation.evaluate_users`], by the bundle's own protocol."""
         protocol = self.meta["protocol"]
-        return evaluate_users(
-            self.model,
-            self.prompts,
-            self.table,
-            dataset,
-            max_new_tokens=protocol["max_new_tokens"],
-            temperature=protocol["item_temperature"],
-            reasoning=reasoning or protocol["reasoning"],
-            token_budget=protocol["token_budget"],
-        )
+        with self.precision():
+            return evaluate_users(
+                self.model,
+                self.prompts,
+                self.table,
+                dataset,
+                max_new_tokens=protocol["max_new_tokens"],
+                temperature=protocol["item_temperature"],
+                reasoning=reasoning or protocol["reasoning"],
+                token_budget=protocol["token_budget"],
+                rollouts=rollouts,
+            )
+
+    def precision(self) -> AbstractContextManager:
+        """The context of every forward: autocast to bfloat16 where the bundle's protocol says so."""
+        if not self.meta["protocol"].get("bf16"):
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
 
     @torch.no_grad()
     def staleness(self, sample: int = 256) -> dict[str, float]:
@@ -280,7 +300,7 @@ class Bundle:
 
     def _encode(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         encoder = make_encoder(self.model, self.prompts, self.meta["protocol"]["token_budget"])
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             return self.table.project(encoder(sequences)).to(self.table.device)
 
     # ------------------------------------------------------- change the catalogue
@@ -348,7 +368,7 @@ class Bundle:
             rows = read_table(self.folder / name / TABLE_FILE)[0].to(self.table.device)
         self.meta["num_items"] = len(items)
         self.items, self.prompts = items, prompts
-        self.table = _table_of(prompts, items, rows, self.table.similarity)
+        self.table = table_of(prompts, items, rows, self.table.similarity)
 
 
 def save_bundle(
@@ -362,7 +382,7 @@ def save_bundle(
     dataset_card: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     model_card: str | None = None,
-) -> Path:
+) -> Bundle:
     """Write a trained policy as a bundle; arguments as in [`Bundle`], `table` encoded with `model` as it is now."""
     bundle = Bundle(
         model,
@@ -374,21 +394,5 @@ def save_bundle(
         metrics=metrics,
         model_card=model_card,
     )
-    return bundle.save(folder)
-
-
-class _ItemPrompts(Sequence):
-    """Item prompts made when they are asked for: a catalogue of a million items loads at once."""
-
-    def __init__(self, prompts: Prompts, items: Dataset):
-        self.prompts, self.items = prompts, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, row):
-        return self.prompts.item_ids(self.items[row])
-
-
-def _table_of(prompts: Prompts, items: Dataset, rows: torch.Tensor, similarity: str) -> ItemTable:
-    return ItemTable.from_rows(items["item_id"][:], _ItemPrompts(prompts, items), rows, similarity)
+    bundle.folder = bundle.save(folder)
+    return bundle

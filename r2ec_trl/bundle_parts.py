@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.schema import arrow_batches
 from r2ec_trl.errors import UserError
-from r2ec_trl.prompts import PromptConfig
+from r2ec_trl.items.table import ItemTable
+from r2ec_trl.prompts import PromptConfig, Prompts
 
 META_FILE, ITEMS_FILE, TABLE_FILE = "bundle.json", "items.parquet", "item_table.safetensors"
 CATALOGUE_FOLDER = "catalogue-{}"  # with the start of a hash: a change of the catalogue commits by replacing META_FILE
@@ -160,6 +161,24 @@ def check_hashes(found: Mapping[str, str], recorded: Mapping[str, str], folder: 
             f"The item table of the bundle {str(folder)!r} was made with another {parts} than the bundle holds; take "
             "all files from one bundle, or write it anew with recipes/recommend.py --save_bundle."
         )
+
+
+class _ItemPrompts(Sequence):
+    """Item prompts made when they are asked for: a catalogue of a million items loads at once."""
+
+    def __init__(self, prompts: Prompts, items: Dataset):
+        self.prompts, self.items = prompts, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row):
+        return self.prompts.item_ids(self.items[row])
+
+
+def table_of(prompts: Prompts, items: Dataset, rows: torch.Tensor, similarity: str) -> ItemTable:
+    """An item table of rows that were encoded before, `(N, d)`."""
+    return ItemTable.from_rows(items["item_id"][:], _ItemPrompts(prompts, items), rows, similarity)
 
 
 def read_json(file: Path) -> dict[str, Any]:

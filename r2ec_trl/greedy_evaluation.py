@@ -62,28 +62,45 @@ class GreedyEvaluation(_Base):
         """
         was_training = self.model.training
         self.model.eval()
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(range(rank, len(dataset), world)) or [0]  # a sliced table is asked by all processes together
-        rollouts = None
-        if (reasoning or self.reasoning) != "none":
-            rollouts = self._greedy_rollouts([self.prompts.user_ids(user) for user in dataset.select(mine)])
+        reasoning = reasoning or self.reasoning
+        mine, rollouts = self._own_users(dataset, reasoning)
         with self._frozen_policy() as model:
-            encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
-            self.table.refresh(share_encoding(encoder, self.accelerator, self.table))
+            self._refresh_whole_table(model)
             frame = evaluate_users(
                 model,
                 self.prompts,
                 self.table,
-                dataset.select(mine),
+                mine,
                 max_new_tokens=getattr(self.args, "max_completion_length", 1),
                 temperature=self.args.item_temperature,
-                reasoning=reasoning or self.reasoning,
+                reasoning=reasoning,
                 token_budget=self.args.forward_token_budget,
                 rollouts=rollouts,
             )
         self.model.train(was_training)
-        frames = gather_object([frame.with_columns(row=pl.Series(mine))])
-        return pl.concat(frames).unique("row").sort("row").drop("row")
+        return self._whole_frame(frame, len(dataset))
+
+    def _own_users(self, dataset: Dataset, reasoning: str) -> tuple[Dataset, list[Rollout] | None]:
+        """This process's share of the users, never empty, and their rollouts where vLLM makes them."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        users = dataset.select(list(range(rank, len(dataset), world)) or [0])
+        if reasoning == "none":
+            return users, None
+        return users, self._greedy_rollouts([self.prompts.user_ids(user) for user in users])
+
+    def _whole_frame(self, frame: pl.DataFrame, rows: int) -> pl.DataFrame:
+        """The frames of all processes in the order of the dataset."""
+        frames = gather_object([frame])
+        places = [list(range(rank, rows, len(frames))) for rank in range(len(frames))]
+        placed = [
+            one[: len(place)].with_columns(row=pl.Series(place, dtype=pl.Int64))
+            for one, place in zip(frames, places, strict=True)
+        ]
+        return pl.concat(placed).sort("row").drop("row")
+
+    def _refresh_whole_table(self, model: Any) -> None:
+        encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
+        self.table.refresh(share_encoding(encoder, self.accelerator, self.table))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """

@@ -92,10 +92,14 @@ class Recommender:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | os.PathLike, model_name_or_path: str | None = None, device: str | None = None
+        cls,
+        name_or_folder: str | os.PathLike,
+        model_name_or_path: str | None = None,
+        device: str | None = None,
+        table_device: str | None = None,
     ) -> "Recommender":
         """Arguments as in [`~r2ec_trl.bundle.Bundle.load`]."""
-        return cls(Bundle.load(name_or_folder, model_name_or_path, device))
+        return cls(Bundle.load(name_or_folder, model_name_or_path, device, table_device))
 
     @torch.no_grad()
     def recommend(
@@ -147,9 +151,10 @@ class Recommender:
         table = self.bundle.table
         users = [self._user(history, number) for number, history in enumerate(histories)]
         allowed = self._allowed(where, allow, exclude)
-        states, rollouts = self._states(
-            users, self.bundle.meta["protocol"]["reasoning"] if reasoning is None else reasoning
-        )
+        with self.bundle.precision():
+            states, rollouts = self._states(
+                users, self.bundle.meta["protocol"]["reasoning"] if reasoning is None else reasoning
+            )
         excluded = exclusion_matrix([user["rows"] if exclude_history else [] for user in users], table.device)
         scores, best = top_k(states, table.rows, k, excluded=excluded, allowed=allowed)
         titles = self.bundle.prompts.titles

@@ -14,14 +14,16 @@ from rich.console import Console, Group
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.baselines import item_to_item, popularity
-from r2ec_trl.bundle import save_bundle
+from r2ec_trl.bundle import Bundle, save_bundle
 from r2ec_trl.console import cold_table, report_table, run_table
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
 from r2ec_trl.evaluation import cold_targets
 from r2ec_trl.evaluation_report import cold_report, compare_frames, protocol, report, write_report
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
+from r2ec_trl.items.sliced_table import SlicedTable
 from r2ec_trl.recpo_config import RecommendationArguments
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def finish_run(
     before: pl.DataFrame | None,
 ) -> None:
     """
-    Evaluate the trained policy on the test rows, save it with its table, write the figures and print them.
+    Save the trained policy and its bundle, evaluate the bundle on the test rows, write the figures and print them.
 
     Args:
         trainer ([`GreedyEvaluation`]):
@@ -90,36 +92,67 @@ def finish_run(
         before (`polars.DataFrame`, *optional*):
             The same rows evaluated before training.
     """
-    args: Any = trainer.args
-    folder = Path(args.output_dir)
-    after = trainer.evaluate_frame(test)  # encodes the table with the weights that are saved next
-    trainer.save_model(args.output_dir)
+    folder = Path(trainer.args.output_dir)
     main = trainer.accelerator.is_main_process
-    result = _result(trainer, dataset, card, test, before, after) if main else {}
+    trainer.model.eval()
+    trainer.save_model(str(folder))
     with trainer._frozen_policy() as model:
-        if main:
+        trainer._refresh_whole_table(model)
+        table = trainer.table.whole()
+        if main and table is not None:
             trainer.create_model_card(model_name=folder.name)
-            save_bundle(
+            bundle = save_bundle(
                 folder / "bundle",
                 model,
                 trainer.prompts,
-                trainer.table,
+                table,
                 dataset["items"],
-                protocol={
-                    "reasoning": trainer.reasoning,
-                    "max_new_tokens": getattr(args, "max_completion_length", 1),
-                    "item_temperature": args.item_temperature,
-                    "token_budget": args.forward_token_budget,
-                },
+                protocol=_bundle_protocol(trainer),
                 dataset_card=card,
-                metrics={name: result[name] for name in ("before", "after") if name in result},
                 model_card=(folder / "README.md").read_text(encoding="utf-8"),
             )
+    trainer.accelerator.wait_for_everyone()
+    after = evaluate_bundle(trainer, folder / "bundle", test)
     if main:
+        result = _result(trainer, dataset, card, test, before, after)
+        bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
         if before is not None:
             write_report(folder / "before", result["before"], before)
         write_report(folder, result, after)
         _print(Console(), result, dataset, test, before, after)
+
+
+def _bundle_protocol(trainer: GreedyEvaluation) -> dict[str, Any]:
+    args: Any = trainer.args
+    return {
+        "reasoning": trainer.reasoning,
+        "max_new_tokens": getattr(args, "max_completion_length", 1),
+        "item_temperature": args.item_temperature,
+        "token_budget": args.forward_token_budget,
+        "bf16": trainer.accelerator.native_amp and args.bf16,
+    }
+
+
+def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -> pl.DataFrame:
+    """
+    As [`~r2ec_trl.greedy_evaluation.GreedyEvaluation.evaluate_frame`], but by the bundle that a run wrote: weights,
+    prompts and item table are read back from disk. Reasonings come from vLLM where the run uses it.
+
+    Meanwhile the trained model waits in main memory, unless it is quantised or DeepSpeed's.
+    """
+    device = trainer.accelerator.device
+    users, rollouts = trainer._own_users(dataset, trainer.reasoning)
+    movable = not (getattr(trainer.model, "is_quantized", False) or trainer.is_deepspeed_enabled)
+    if movable:
+        trainer.model.to("cpu")
+    unset_hf_deepspeed_config()  # under ZeRO-3 the bundle's weights would be shared out as they are loaded
+    try:
+        on_disk = "cpu" if isinstance(trainer.table, SlicedTable) else None
+        frame = Bundle.load(folder, device=str(device), table_device=on_disk).evaluate(users, rollouts=rollouts)
+    finally:
+        if movable:
+            trainer.model.to(device)
+    return trainer._whole_frame(frame, len(dataset))
 
 
 def _result(

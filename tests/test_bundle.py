@@ -47,7 +47,7 @@ def make_bundle_folder(tiny_model_folder, chat_tokenizer, shop, tmp_path_factory
             table.refresh(make_encoder(model.eval(), prompts, PROTOCOL["token_budget"]))
         folder = tmp_path_factory.mktemp("bundle") / "bundle"
         card = {"source": "tests", "counts": {"items": len(items)}}
-        return save_bundle(folder, model, prompts, table, items, protocol=PROTOCOL, dataset_card=card)
+        return save_bundle(folder, model, prompts, table, items, protocol=PROTOCOL, dataset_card=card).folder
 
     return make
 

@@ -34,6 +34,10 @@ LOGPROB_TOLERANCE = 1e-3
 @pytest.fixture(autouse=True)
 def cpu_engine(monkeypatch):
     """Small engines that can be pushed weights; the environment TRL writes for them is taken back."""
+    if torch.cuda.is_available():
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        yield
+        return
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
 

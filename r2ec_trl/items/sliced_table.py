@@ -15,6 +15,8 @@ from r2ec_trl.items.table import Encoder, ItemTable
 
 logger = logging.getLogger(__name__)
 
+GATHERED_ROWS = 8192  # at a time
+
 
 class SlicedTable(ItemTable):
     """
@@ -35,7 +37,7 @@ class SlicedTable(ItemTable):
         self.accelerator = accelerator
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
         if self.process == 0:
-            logger.warning("The item table is sliced over the processes, and not saved with checkpoints and results.")
+            logger.warning("The item table is sliced over the processes, and not saved with checkpoints and weights.")
 
     @property
     def num_bytes(self) -> int:
@@ -134,6 +136,17 @@ class SlicedTable(ItemTable):
         order = order[self._mine([rows for rows, _ in counts]), : min(k, len(self))]
         mine = self._mine([rows for rows, _ in counts])
         return scores[mine].gather(1, order), indices[mine].gather(1, order)
+
+    def whole(self) -> ItemTable | None:
+        """All rows in the main process's memory; `None` on the others."""
+        chunks = []
+        for start in range(0, len(self), GATHERED_ROWS):
+            rows = self.take(range(start, min(start + GATHERED_ROWS, len(self))))
+            if self.process == 0:
+                chunks.append(rows.cpu())
+        if self.process:
+            return None
+        return ItemTable.from_rows(self.item_ids, self.token_ids, torch.cat(chunks), self.similarity)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Saves nothing (see the warning at the start): whoever reads the folder encodes the catalogue anew."""

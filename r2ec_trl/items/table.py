@@ -172,6 +172,10 @@ class ItemTable:
             self._next = (self._next + 1) % len(self)
         return rows
 
+    def whole(self) -> "ItemTable | None":
+        """The table with all its rows, to be written: itself. A sliced one is put together on the main process."""
+        return self
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write `item_table.safetensors` and `item_table.json` into a folder, each under a temporary name first."""
         folder = Path(folder)

@@ -3,6 +3,7 @@ Time and memory of whole RecPO steps on a randomly initialised model of a real o
 
     python recipes/benchmark.py --case step --shape qwen2.5-3b                                     # LoRA in bf16
     python recipes/benchmark.py --case step --shape gemma-2-2b --attn_implementation eager --load_in_4bit    # QLoRA
+    python recipes/benchmark.py --case step --shape qwen2.5-3b --use_vllm [--vllm_lora_sync] [--vllm_sleep]
     python recipes/benchmark.py --case step --shape toy --use_cpu --users 2 --completion_tokens 16 --num_items 20
 
 The last line is one JSON object: seconds of each step by part, tokens, peak memory by phase, and what
@@ -104,6 +105,10 @@ class StepArguments:
     optimizer: str | None = field(default=None, metadata={"help": "TRL's `optim`; by default RecPO's own default."})
     checkpointing: bool = field(default=True, metadata={"help": "Gradient checkpointing."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate with a colocated vLLM engine."})
+    vllm_lora_sync: bool = field(default=False, metadata={"help": "Send it the adapter, not merged weights."})
+    vllm_sleep: bool = field(default=False, metadata={"help": "Free the engine's memory while the policy trains."})
+    vllm_share: float = field(default=0.3, metadata={"help": "Share of the GPU that the engine takes."})
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -216,13 +221,18 @@ def make_trainer(args: StepArguments, policy: PolicyArguments, folder: Path, tim
         num_generations=4,
         max_steps=args.steps,
         max_completion_length=args.completion_tokens,
-        generation_kwargs={"min_new_tokens": args.completion_tokens},
+        generation_kwargs={"min_tokens" if args.use_vllm else "min_new_tokens": args.completion_tokens},
+        use_vllm=args.use_vllm,
+        vllm_lora_sync=args.vllm_lora_sync,
+        vllm_enable_sleep_mode=args.vllm_sleep,
+        vllm_gpu_memory_utilization=args.vllm_share,
+        vllm_max_model_length=args.prompt_tokens + args.completion_tokens + 256,
         gradient_checkpointing=args.checkpointing,
         user_template="{history}",
         item_template="{fields}",
         item_fields=["title"],
         max_history_items=10_000,
-        max_prompt_length=100_000,
+        max_prompt_length=args.prompt_tokens + 200,
         warmup_steps=0,
         logging_steps=1,
         save_strategy="no",
@@ -280,8 +290,10 @@ def measure(args: StepArguments, policy: PolicyArguments) -> dict[str, Any]:
         rows = [row for row in trainer.state.log_history if "time/train" in row]
         peaks = {phase: round(max(values), 3) for phase, values in trainer.peaks.items() if values}
         peak = max(peaks.values()) if peaks else None
-        return {
+        engine = "hot-loaded" if args.vllm_lora_sync else "merged weights"
+        result = {
             "shape": args.shape,
+            "generation": f"vllm, {engine}{', sleeps' * args.vllm_sleep}" if args.use_vllm else "transformers",
             "adapter": "none" if not policy.use_peft else "qlora" if policy.load_in_4bit else "lora",
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "attention": trainer.model.config._attn_implementation,
@@ -301,8 +313,11 @@ def measure(args: StepArguments, policy: PolicyArguments) -> dict[str, Any]:
             "peak_gib_by_phase": peaks,
             "peak_gib": peak,
             "plan_gib": plan,
-            "measured_over_plan": None if peak is None else round(peak / plan["peak"], 3),
+            "measured_over_plan": None if peak is None or args.use_vllm else round(peak / plan["peak"], 3),
         }
+        if args.use_vllm:
+            trainer.vllm_generation.close()
+        return result
 
 
 def run(words: list[str]) -> dict[str, Any]:
