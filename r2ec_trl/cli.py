@@ -28,14 +28,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 class RecipeParser(TrlParser):
     """
-    TRL's parser with three habits changed: no abbreviated flags; whatever it refuses is a [`UserError`]; and a value
-    of the YAML file passes the same checks as on the command line (TRL takes it as it comes: a string where a list
-    belongs, 2.5 for an integer, any text for a choice).
+    TRL's parser with four habits changed: no abbreviated flags; whatever it refuses is a [`UserError`]; a switch that
+    may be unset, such as `--bf16`, can stand alone as the others can; and a value of the YAML file passes the same
+    checks as on the command line (TRL takes it as it comes: a string where a list belongs, 2.5 for an integer, any
+    text for a choice).
     """
 
     def __init__(self, dataclass_types: Iterable[Any], description: str | None = None):
         super().__init__(dataclass_types, description=description, allow_abbrev=False)
         self.source = "command line"
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for action in self._actions:
+            if hints.get(action.dest) == bool | None and action.nargs is None:
+                action.nargs, action.const = "?", True
         # For --help alone: `parse` takes it away before argparse sees it.
         self.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins.")
 

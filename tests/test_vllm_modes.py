@@ -23,8 +23,7 @@ WAYS = {
     "hot-loaded": {"vllm_lora_sync": True},
     "4-bit, merged": {"load_in_4bit": True},
     "4-bit, hot-loaded": {"load_in_4bit": True, "vllm_lora_sync": True},
-    "merged, asleep, CUDA graphs": {"vllm_enable_sleep_mode": True},
-    "4-bit, merged, asleep": {"load_in_4bit": True, "vllm_enable_sleep_mode": True},
+    "merged, asleep, CUDA graphs": {"vllm_enable_sleep_mode": True},  # one a process: vLLM allows no second
 }
 
 
