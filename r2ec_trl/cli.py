@@ -37,9 +37,9 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types: Iterable[Any], description: str | None = None):
         super().__init__(dataclass_types, description=description, allow_abbrev=False)
         self.source = "command line"
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        self.hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for action in self._actions:
-            if hints.get(action.dest) == bool | None and action.nargs is None:
+            if self.hints.get(action.dest) == bool | None and action.nargs is None:
                 action.nargs, action.const = "?", True
         # For --help alone: `parse` takes it away before argparse sees it.
         self.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins.")
@@ -62,7 +62,7 @@ class RecipeParser(TrlParser):
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:
             actions.setdefault(action.dest, action)  # the first one: --no_x shares its destination with --x
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        hints = self.hints
         words: list[str] = []
         as_is: dict[str, Any] = {}  # what no flag can say: null, an empty list, a list where a flag takes one value
         for key, value in config.items():

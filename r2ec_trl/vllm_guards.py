@@ -143,7 +143,7 @@ def _check_quantized(quantizer: Any, args: RecPOConfig) -> None:
         )
     if args.vllm_lora_sync and args.vllm_mode == "colocate" and _release() < Version(LOADS_UNDER_LORA):
         raise UserError(
-            f"`vllm_lora_sync` over a 4-bit base needs vLLM {LOADS_UNDER_LORA} or newer, and {_installed_version()} is "
+            f"`vllm_lora_sync` over a 4-bit base needs vLLM {LOADS_UNDER_LORA} or newer; {_installed_version()} is "
             "installed; leave it out, and merged weights are pushed."
         )
     if args.vllm_mode == "server" and args.vllm_lora_sync:

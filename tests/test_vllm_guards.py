@@ -202,7 +202,7 @@ def test_quantised_bases(settings, tiny_model, monkeypatch, quantization, stored
         vllm_guards.check_model(model, settings(**fields))
         if fields:
             monkeypatch.setattr(vllm_guards, "_installed_version", lambda: "0.27.1+cpu")
-            with pytest.raises(UserError, match="needs vLLM 0.28.0 or newer, and 0.27.1.cpu is installed"):
+            with pytest.raises(UserError, match="needs vLLM 0.28.0 or newer; 0.27.1.cpu is installed"):
                 vllm_guards.check_model(model, settings(**fields))
         return
     with pytest.raises(UserError, match=sentence):
