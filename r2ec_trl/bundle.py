@@ -275,6 +275,11 @@ class Bundle:
                 rollouts=rollouts,
             )
 
+    def settings(self) -> dict[str, Any]:
+        """What of the bundle decides a figure: model, prompts, similarity and protocol."""
+        similarity = {"model": self.meta["base_model"], "similarity": self.meta["similarity"]}
+        return {**self.meta["prompts"], **similarity, **self.meta["protocol"]}
+
     def precision(self) -> AbstractContextManager:
         """The context of every forward: autocast to bfloat16 where the bundle's protocol says so."""
         if not self.meta["protocol"].get("bf16"):
@@ -372,27 +377,9 @@ class Bundle:
 
 
 def save_bundle(
-    folder: str | os.PathLike,
-    model: PreTrainedModel,
-    prompts: Prompts,
-    table: ItemTable,
-    items: Dataset,
-    *,
-    protocol: Mapping[str, Any],
-    dataset_card: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    model_card: str | None = None,
+    folder: str | os.PathLike, model: PreTrainedModel, prompts: Prompts, table: ItemTable, items: Dataset, **about: Any
 ) -> Bundle:
     """Write a trained policy as a bundle; arguments as in [`Bundle`], `table` encoded with `model` as it is now."""
-    bundle = Bundle(
-        model,
-        prompts,
-        table,
-        items,
-        protocol=protocol,
-        dataset_card=dataset_card,
-        metrics=metrics,
-        model_card=model_card,
-    )
+    bundle = Bundle(model, prompts, table, items, **about)
     bundle.folder = bundle.save(folder)
     return bundle

@@ -1,10 +1,13 @@
-"""Several processes: item prompts shared out for encoding, and what ZeRO-3 cannot do."""
+"""Several processes: item prompts and users shared out, and what ZeRO-3 cannot do."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import polars as pl
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from r2ec_trl.errors import UserError
@@ -42,6 +45,31 @@ def share_encoding(encoder: Encoder, accelerator: Accelerator, table: ItemTable)
         return states[torch.tensor(order, device=states.device).argsort()]
 
     return encode
+
+
+def own_rows(dataset: Dataset, accelerator: Accelerator) -> Dataset:
+    """This process's share of a dataset's rows, dealt out one by one; row 0 where none is left for it."""
+    rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    return dataset.select(list(rows) or [0])
+
+
+def gather_rows(frame: pl.DataFrame, rows: int) -> pl.DataFrame:
+    """
+    The frames that all processes made of their [`own_rows`], one row each, as one frame in the dataset's order.
+
+    Args:
+        frame (`polars.DataFrame`):
+            This process's.
+        rows (`int`):
+            Rows of the whole dataset.
+    """
+    frames = gather_object([frame])
+    places = [range(rank, rows, len(frames)) for rank in range(len(frames))]
+    placed = [
+        one[: len(place)].with_columns(row=pl.Series(place, dtype=pl.Int64))
+        for one, place in zip(frames, places, strict=True)
+    ]
+    return pl.concat(placed).sort("row").drop("row")
 
 
 def check_sharding(args: Any, trains_adapter: bool) -> None:

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.models.utils import unwrap_model_for_generation
 
-from r2ec_trl.distributed import share_encoding
+from r2ec_trl.distributed import gather_rows, own_rows, share_encoding
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import evaluate_users, make_encoder, summarise_users
 from r2ec_trl.items.table import ItemTable
@@ -78,25 +77,14 @@ class GreedyEvaluation(_Base):
                 rollouts=rollouts,
             )
         self.model.train(was_training)
-        return self._whole_frame(frame, len(dataset))
+        return gather_rows(frame, len(dataset))
 
     def _own_users(self, dataset: Dataset, reasoning: str) -> tuple[Dataset, list[Rollout] | None]:
         """This process's share of the users, never empty, and their rollouts where vLLM makes them."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        users = dataset.select(list(range(rank, len(dataset), world)) or [0])
+        users = own_rows(dataset, self.accelerator)
         if reasoning == "none":
             return users, None
         return users, self._greedy_rollouts([self.prompts.user_ids(user) for user in users])
-
-    def _whole_frame(self, frame: pl.DataFrame, rows: int) -> pl.DataFrame:
-        """The frames of all processes in the order of the dataset."""
-        frames = gather_object([frame])
-        places = [list(range(rank, rows, len(frames))) for rank in range(len(frames))]
-        placed = [
-            one[: len(place)].with_columns(row=pl.Series(place, dtype=pl.Int64))
-            for one, place in zip(frames, places, strict=True)
-        ]
-        return pl.concat(placed).sort("row").drop("row")
 
     def _refresh_whole_table(self, model: Any) -> None:
         encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)

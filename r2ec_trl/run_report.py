@@ -20,6 +20,7 @@ from r2ec_trl.baselines import item_to_item, popularity
 from r2ec_trl.bundle import Bundle, save_bundle
 from r2ec_trl.console import cold_table, report_table, run_table
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
+from r2ec_trl.distributed import gather_rows
 from r2ec_trl.evaluation import cold_targets
 from r2ec_trl.evaluation_report import cold_report, compare_frames, protocol, report, write_report
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
@@ -152,7 +153,7 @@ def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -
     finally:
         if movable:
             trainer.model.to(device)
-    return trainer._whole_frame(frame, len(dataset))
+    return gather_rows(frame, len(dataset))
 
 
 def _result(

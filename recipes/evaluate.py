@@ -1,13 +1,15 @@
 """
-Evaluate a policy on a dataset folder: greedy reasoning, then the whole catalogue.
+Evaluate a bundle, or a model or adapter, on a dataset folder: greedy reasoning, then the whole catalogue.
 
+    accelerate launch recipes/evaluate.py --bundle outputs/demo/bundle --dataset outputs/demo/demo_dataset
     accelerate launch recipes/evaluate.py --dataset DATASET_FOLDER --model_name_or_path MODEL --adapter ADAPTER
     accelerate launch recipes/evaluate.py ... --reasoning full none truncated other     # does the reasoning help?
     python recipes/evaluate.py ... --engine vllm                                      # reasonings at vLLM's speed
 
 Prints Hit / NDCG / MRR @5/10/20 with and without the history mask and 95 % bootstrap intervals, popularity and
 item-to-item counts beside them, and cold targets apart; writes `metrics.json` and `ranks.parquet` with the protocol
-inside, one folder a reasoning mode. `recipes/compare.py` compares two such folders user by user.
+inside, one folder a reasoning mode. `recipes/compare.py` compares two such folders user by user. Several processes
+share out the users.
 """
 
 from dataclasses import dataclass, field
@@ -15,21 +17,23 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from accelerate.utils import gather_object
+from datasets import Dataset
 
-from r2ec_trl.answer_state import add_answer_state
+from r2ec_trl.bundle import Bundle
 from r2ec_trl.cli import parse, run
-from r2ec_trl.evaluation import REASONING_MODES, evaluate_users, make_encoder, make_table
-from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy
-from r2ec_trl.prompts import Prompts
-from r2ec_trl.recpo_config import RecommendationArguments
+from r2ec_trl.distributed import gather_rows, own_rows
+from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation import REASONING_MODES, alter_reasoning
+from r2ec_trl.loading import PolicyArguments, load_dataset
+from r2ec_trl.recipe_bundle import BundleArguments, engine_of, load_bundle, make_bundle
 from r2ec_trl.rollouts import MarkerReader, Rollout, generate_reasoning
-from r2ec_trl.run_report import first_rows, settings_of, write_evaluation
-from r2ec_trl.vllm_engine import generate_reasoning_vllm, load_engine
+from r2ec_trl.run_report import first_rows, write_evaluation
+from r2ec_trl.vllm_engine import generate_reasoning_vllm
 
 
 @dataclass
-class EvaluateArguments(DataArguments, RecommendationArguments):
+class EvaluateArguments(BundleArguments):
     """What is evaluated, and how."""
 
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of the results."})
@@ -37,66 +41,48 @@ class EvaluateArguments(DataArguments, RecommendationArguments):
         default="test", metadata={"help": "Split to evaluate.", "choices": ["train", "validation", "test"]}
     )
     reasoning: list[str] = field(
-        default_factory=lambda: ["full"], metadata={"help": f"One or more of {', '.join(REASONING_MODES)}."}
+        default_factory=list,
+        metadata={"help": f"One or more of {', '.join(REASONING_MODES)}; by default the bundle's own, or full."},
     )
-    max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning in tokens."})
-    engine: str = field(
-        default="transformers",
-        metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
-    )
-    bf16: bool = field(default=False, metadata={"help": "Run forwards in bfloat16 (the scores stay float32)."})
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of whose reasoning is swapped."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
 
 
-def write_reasonings(
-    args: EvaluateArguments, model: PreTrainedModel, reader: MarkerReader, prompt_ids: list[list[int]]
+def reasonings(
+    args: EvaluateArguments, bundle: Bundle, reader: MarkerReader, users: Dataset, accelerator: Accelerator
 ) -> list[Rollout]:
-    """Greedy reasonings of all users, by the engine that is named."""
-    if args.engine == "transformers":
-        budget = 2 * args.forward_token_budget
-        return generate_reasoning(model, reader, prompt_ids, args.max_completion_length, budget)
-    llm = load_engine(model, args.max_prompt_length + args.max_completion_length)
-    return generate_reasoning_vllm(llm, reader, prompt_ids, args.max_completion_length)
+    """Greedy reasonings of all users, by the engine that is named; each process writes those of its own."""
+    protocol = bundle.meta["protocol"]
+    prompt_ids = [bundle.prompts.user_ids(user) for user in own_rows(users, accelerator)]
+    with bundle.precision():
+        if args.engine == "vllm":
+            engine = engine_of(args, bundle)
+            return generate_reasoning_vllm(engine, reader, prompt_ids, protocol["max_new_tokens"])
+        budget = 2 * protocol["token_budget"]
+        mine = generate_reasoning(bundle.model, reader, prompt_ids, protocol["max_new_tokens"], budget)
+    every: list[list[Rollout]] = gather_object([mine])
+    return [every[row % len(every)][row // len(every)] for row in range(len(users))]
 
 
 def main() -> None:
     args, policy_args = parse((EvaluateArguments, PolicyArguments), description=__doc__)
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no")
+    accelerator = Accelerator()
+    if args.engine == "vllm" and accelerator.num_processes > 1:
+        raise UserError("--engine vllm evaluates in one process; launch with `python`, or leave it out.")
     dataset, card = load_dataset(args.dataset, args.output_dir)
-    args.category = args.category or card["category"]
     users = first_rows(dataset[args.split], args.max_eval_users)
-    model, tokenizer = load_policy(policy_args)
-    add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    model = model.to(accelerator.device).eval()
-    prompts = Prompts(tokenizer, args.prompt_config(), dataset["items"])
-    table = make_table(prompts, dataset["items"], args.similarity, accelerator.device)
-    reader = MarkerReader(tokenizer, args.marker)
-    with torch.no_grad(), accelerator.autocast():
-        table.refresh(make_encoder(model, prompts, args.forward_token_budget))
-        rollouts = None
-        if set(args.reasoning) != {"none"}:
-            ids = [prompts.user_ids(user) for user in users]
-            rollouts = write_reasonings(args, model, reader, ids)
-        for reasoning in args.reasoning:
-            frame = evaluate_users(
-                model,
-                prompts,
-                table,
-                users,
-                args.max_completion_length,
-                args.item_temperature,
-                reasoning,
-                args.forward_token_budget,
-                rollouts=rollouts,
-            )
-            folder = Path(args.output_dir) if len(args.reasoning) == 1 else Path(args.output_dir) / reasoning
-            settings = settings_of(
-                args,
-                reasoning,
-                max_completion_length=args.max_completion_length,
-                model=model.config._name_or_path,
-                adapter=policy_args.adapter,
-            )
+    bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
+    reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
+    modes = args.reasoning or [bundle.meta["protocol"]["reasoning"]]
+    with torch.no_grad():
+        known = [] if set(modes) == {"none"} else reasonings(args, bundle, reader, users, accelerator)
+    for mode in modes:
+        rollouts = alter_reasoning(known or [reader.finish([], end_ids=[])] * len(users), reader, mode)
+        own = rollouts[accelerator.process_index :: accelerator.num_processes] or rollouts[:1]
+        frame = gather_rows(bundle.evaluate(own_rows(users, accelerator), "full", own), len(users))
+        if accelerator.is_main_process:
+            folder = Path(args.output_dir) if len(modes) == 1 else Path(args.output_dir) / mode
+            names = {"bundle": args.bundle, "adapter": policy_args.adapter, "engine": args.engine}
+            settings = {**bundle.settings(), **names, "reasoning": mode}
             write_evaluation(folder, frame, dataset, card, users, settings, args.seed, args.split)
 
 

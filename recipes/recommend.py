@@ -11,7 +11,6 @@ outside the catalogue) and optionally `history_ratings`, `history_timestamps`, `
 Hardware: whatever the model runs on; a bundle loads without encoding anything.
 """
 
-import dataclasses
 import json
 import logging
 import sys
@@ -19,29 +18,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from r2ec_trl.answer_state import add_answer_state
-from r2ec_trl.bundle import Bundle
 from r2ec_trl.cli import parse, run
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation import make_encoder, make_table
-from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy
-from r2ec_trl.prompts import Prompts
+from r2ec_trl.loading import PolicyArguments, load_dataset
+from r2ec_trl.recipe_bundle import BundleArguments, engine_of, load_bundle, make_bundle
 from r2ec_trl.recommender import Recommendation, Recommender
-from r2ec_trl.recpo_config import RecommendationArguments
-from r2ec_trl.vllm_engine import load_engine
 
 
 @dataclass
-class RecommendArguments(DataArguments, RecommendationArguments):
+class RecommendArguments(BundleArguments):
     """Who is recommended what, and how it is shown."""
 
-    bundle: str | None = field(default=None, metadata={"help": "Bundle folder or hub id."})
     history: list[str] | None = field(default=None, metadata={"help": "One user's purchases as item ids."})
     history_titles: list[str] | None = field(default=None, metadata={"help": "One user's purchases as titles."})
     history_ratings: list[float] | None = field(default=None, metadata={"help": "Their ratings out of 5."})
@@ -56,44 +48,6 @@ class RecommendArguments(DataArguments, RecommendationArguments):
     exclude: list[str] | None = field(default=None, metadata={"help": "Never recommend these item ids."})
     format: str = field(default="table", metadata={"help": "What is printed.", "choices": ["table", "jsonl"]})
     save_bundle: str | None = field(default=None, metadata={"help": "Write the recommender as a bundle here."})
-    max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning, without a bundle."})
-    engine: str = field(
-        default="transformers",
-        metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
-    )
-    device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
-
-
-def make_bundle(args: RecommendArguments, policy_args: PolicyArguments) -> Bundle:
-    """A bundle in memory: the catalogue of the dataset folder encoded by the model or adapter that is named."""
-    dataset, card = load_dataset(args.dataset)
-    args.category = args.category or card["category"]
-    model, tokenizer = load_policy(policy_args)
-    add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    if not (policy_args.load_in_4bit or policy_args.load_in_8bit):
-        model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    prompts = Prompts(tokenizer, args.prompt_config(), dataset["items"])
-    table = make_table(prompts, dataset["items"], args.similarity, model.device)
-    with torch.no_grad():
-        table.refresh(make_encoder(model.eval(), prompts, args.forward_token_budget))
-    protocol = {
-        "reasoning": "full",
-        "max_new_tokens": args.max_completion_length,
-        "item_temperature": args.item_temperature,
-        "token_budget": args.forward_token_budget,
-    }
-    return Bundle(model, prompts, table, dataset["items"], protocol=protocol, dataset_card=card)
-
-
-def load_bundle(args: RecommendArguments, policy_args: PolicyArguments) -> Bundle:
-    """The bundle that is named; flags that a bundle decides are refused."""
-    for one in dataclasses.fields(RecommendationArguments):
-        if getattr(args, one.name) != getattr(RecommendationArguments(), one.name):
-            raise UserError(f"--{one.name} is decided by the bundle; leave it out.")
-    for name, value in (("adapter", policy_args.adapter), ("dataset", args.dataset)):
-        if value is not None:
-            raise UserError(f"--{name} is decided by the bundle; leave out one of the two.")
-    return Bundle.load(args.bundle, policy_args.model_name_or_path, args.device)
 
 
 def read_users(args: RecommendArguments) -> list[Any]:
@@ -136,14 +90,15 @@ def main() -> None:
     users = read_users(args)
     if not users and args.save_bundle is None:
         raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")
-    bundle = make_bundle(args, policy_args) if args.bundle is None else load_bundle(args, policy_args)
+    if args.bundle is None:
+        bundle = make_bundle(args, policy_args, *load_dataset(args.dataset))
+    elif args.dataset is None:
+        bundle = load_bundle(args, policy_args)
+    else:
+        raise UserError("--dataset is decided by the bundle; leave out one of the two.")
     if args.save_bundle is not None:
         bundle.save(args.save_bundle)
-    engine = None
-    if args.engine == "vllm":
-        length = bundle.prompts.config.max_prompt_length + bundle.meta["protocol"]["max_new_tokens"]
-        engine = load_engine(bundle.model, length)
-    results = Recommender(bundle, engine).recommend(
+    results = Recommender(bundle, engine_of(args, bundle)).recommend(
         users,
         args.k,
         exclude_history=args.exclude_history,

@@ -1,0 +1,84 @@
+"""The recommender that a recipe works on: a bundle, or a model or adapter with a dataset folder's catalogue."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from datasets import DatasetDict
+
+from r2ec_trl.bundle import Bundle
+from r2ec_trl.distributed import share_encoding
+from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation import make_encoder, make_table
+from r2ec_trl.loading import DataArguments, PolicyArguments, load_policy
+from r2ec_trl.prompts import Prompts
+from r2ec_trl.recpo_config import RecommendationArguments
+from r2ec_trl.vllm_engine import load_engine
+
+
+@dataclass
+class BundleArguments(DataArguments, RecommendationArguments):
+    """Which recommender, and what writes its reasonings."""
+
+    bundle: str | None = field(
+        default=None, metadata={"help": "Bundle folder or hub id; it decides model, prompts and catalogue."}
+    )
+    max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning in tokens."})
+    bf16: bool = field(default=False, metadata={"help": "Run forwards in bfloat16 (the scores stay float32)."})
+    engine: str = field(
+        default="transformers",
+        metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
+    )
+    device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
+
+
+def load_bundle(args: BundleArguments, policy_args: PolicyArguments) -> Bundle:
+    """The bundle that is named; [`UserError`] for flags that a bundle decides."""
+    decided = [one.name for one in dataclasses.fields(RecommendationArguments)] + ["max_completion_length", "bf16"]
+    decided.remove("max_eval_users")
+    defaults = BundleArguments()
+    given = [name for name in decided if getattr(args, name) != getattr(defaults, name)]
+    given += ["adapter"] if policy_args.adapter is not None else []
+    if given:
+        raise UserError(f"--{given[0]} is decided by the bundle; leave it out.")
+    return Bundle.load(args.bundle or "", policy_args.model_name_or_path, _device(args))
+
+
+def make_bundle(
+    args: BundleArguments, policy_args: PolicyArguments, dataset: DatasetDict, card: Mapping[str, Any]
+) -> Bundle:
+    """A bundle in memory: the catalogue encoded by the model or adapter that is named, by all processes together."""
+    args.category = args.category or card["category"]
+    model, tokenizer = load_policy(policy_args)
+    if not (policy_args.load_in_4bit or policy_args.load_in_8bit):
+        model.to(_device(args))
+    prompts = Prompts(tokenizer, args.prompt_config(), dataset["items"])
+    table = make_table(prompts, dataset["items"], args.similarity, model.device)
+    protocol = {
+        "reasoning": "full",
+        "max_new_tokens": args.max_completion_length,
+        "item_temperature": args.item_temperature,
+        "token_budget": args.forward_token_budget,
+        "bf16": args.bf16,
+    }
+    bundle = Bundle(model.eval(), prompts, table, dataset["items"], protocol=protocol, dataset_card=card)
+    encoder = make_encoder(model, prompts, args.forward_token_budget)
+    with torch.no_grad(), bundle.precision():
+        table.refresh(share_encoding(encoder, Accelerator(), table))
+    return bundle
+
+
+def engine_of(args: BundleArguments, bundle: Bundle) -> Any:
+    """The vLLM engine that writes the bundle's reasonings; `None` where transformers does."""
+    if args.engine == "transformers":
+        return None
+    with bundle.precision():
+        length = bundle.prompts.config.max_prompt_length + bundle.meta["protocol"]["max_new_tokens"]
+        return load_engine(bundle.model, length)
+
+
+def _device(args: BundleArguments) -> str:
+    return args.device or str(PartialState().device)
