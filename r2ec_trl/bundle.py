@@ -101,6 +101,7 @@ class Bundle:
             "format": FORMAT,
             "adapter": base is not model,
             "base_model": DEMO if base_name == str(DEMO_POLICY) else base_name,
+            "base_revision": getattr(base.config, "_commit_hash", None),  # of a model from the hub
             "dtype": str(base.dtype).removeprefix("torch."),
             "quantization": quantization_of(base),
             "prompts": dataclasses.asdict(prompts.config),
@@ -121,6 +122,7 @@ class Bundle:
         model_name_or_path: str | None = None,
         device: str | None = None,
         table_device: str | None = None,
+        trust_remote_code: bool = False,
     ) -> "Bundle":
         """
         Read a bundle and check that its parts belong together.
@@ -134,6 +136,8 @@ class Bundle:
                 The GPU if there is one, by default.
             table_device (`str`, *optional*):
                 Where the item table lives, beside the model by default; on `"cpu"` it stays memory-mapped.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Whether code that comes with the base model may run.
 
         Raises:
             [`UserError`]: when it is no bundle, or its item table was made with other weights, another base model,
@@ -161,9 +165,10 @@ class Bundle:
             model_name_or_path=(model_name_or_path or base_model) if adapter else str(folder),
             adapter=str(folder) if adapter else None,
             dtype=dtype,
+            model_revision=(model_name_or_path is None and meta.get("base_revision")) or "main",
             **quantization,
         )
-        model, tokenizer = load_policy(args, tokenizer_path=str(folder))
+        model, tokenizer = load_policy(args, trust_remote_code=trust_remote_code, tokenizer_path=str(folder))
         if adapter:
             check_hashes({"base model": base_model_hash(model)}, recorded, folder)
         if not quantization:

@@ -108,9 +108,11 @@ def file_hashes(folder: Path, prompt_config: PromptConfig, items: Dataset) -> di
 
 
 def write_catalogue(folder: Path, items: Dataset, rows: torch.Tensor, hashes: Mapping[str, str]) -> str:
-    """Write items and item table into a folder of their own inside `folder`; returns its name."""
-    key = hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode()).hexdigest()
-    name = CATALOGUE_FOLDER.format(key[:8])
+    """Write items and item table into a folder of their own inside `folder`, named after both; returns its name."""
+    tensor = rows.detach().to("cpu", torch.float32).contiguous()
+    key = hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode())
+    key.update(tensor.numpy().data)
+    name = CATALOGUE_FOLDER.format(key.hexdigest()[:8])
     if (folder / name).exists():
         return name
     temporary = folder / f".{name}.unfinished-{os.getpid()}"
@@ -120,7 +122,6 @@ def write_catalogue(folder: Path, items: Dataset, rows: torch.Tensor, hashes: Ma
         with pq.ParquetWriter(temporary / ITEMS_FILE, schema) as writer:
             for batch in arrow_batches(items):
                 writer.write_table(batch.cast(schema))
-        tensor = rows.detach().to("cpu", torch.float32).contiguous()
         save_file({"rows": tensor}, temporary / TABLE_FILE, metadata=dict(hashes))
         os.rename(temporary, folder / name)
     finally:

@@ -33,6 +33,7 @@ class BundleArguments(DataArguments, RecommendationArguments):
         metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
     )
     device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
 
 
 def load_bundle(args: BundleArguments, policy_args: PolicyArguments) -> Bundle:
@@ -44,7 +45,9 @@ def load_bundle(args: BundleArguments, policy_args: PolicyArguments) -> Bundle:
     given += ["adapter"] if policy_args.adapter is not None else []
     if given:
         raise UserError(f"--{given[0]} is decided by the bundle; leave it out.")
-    return Bundle.load(args.bundle or "", policy_args.model_name_or_path, _device(args))
+    return Bundle.load(
+        args.bundle or "", policy_args.model_name_or_path, _device(args), trust_remote_code=args.trust_remote_code
+    )
 
 
 def make_bundle(
@@ -52,7 +55,7 @@ def make_bundle(
 ) -> Bundle:
     """A bundle in memory: the catalogue encoded by the model or adapter that is named, by all processes together."""
     args.category = args.category or card["category"]
-    model, tokenizer = load_policy(policy_args)
+    model, tokenizer = load_policy(policy_args, trust_remote_code=args.trust_remote_code)
     if not (policy_args.load_in_4bit or policy_args.load_in_8bit):
         model.to(_device(args))
     prompts = Prompts(tokenizer, args.prompt_config(), dataset["items"])

@@ -97,9 +97,10 @@ class Recommender:
         model_name_or_path: str | None = None,
         device: str | None = None,
         table_device: str | None = None,
+        trust_remote_code: bool = False,
     ) -> "Recommender":
         """Arguments as in [`~r2ec_trl.bundle.Bundle.load`]."""
-        return cls(Bundle.load(name_or_folder, model_name_or_path, device, table_device))
+        return cls(Bundle.load(name_or_folder, model_name_or_path, device, table_device, trust_remote_code))
 
     @torch.no_grad()
     def recommend(

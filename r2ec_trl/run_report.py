@@ -149,7 +149,9 @@ def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -
     unset_hf_deepspeed_config()  # under ZeRO-3 the bundle's weights would be shared out as they are loaded
     try:
         on_disk = "cpu" if isinstance(trainer.table, SlicedTable) else None
-        frame = Bundle.load(folder, device=str(device), table_device=on_disk).evaluate(users, rollouts=rollouts)
+        trust = getattr(trainer.args, "trust_remote_code", False)
+        bundle = Bundle.load(folder, device=str(device), table_device=on_disk, trust_remote_code=trust)
+        frame = bundle.evaluate(users, rollouts=rollouts)
     finally:
         if movable:
             trainer.model.to(device)

@@ -398,3 +398,32 @@ def test_the_card_tells_how_to_use_it_and_what_it_reached(own, shop, tiny_model_
     assert "- grpo" in text and "library_name: peft" in text and "Of a model in a local folder" in text
     assert str(tiny_model_folder("llama")) not in text  # a folder is no base model of the hub's
     assert Bundle.load(own).meta["metrics"]["after"]["rows"] == 10
+
+
+def test_the_base_is_asked_for_in_the_revision_it_had(own, monkeypatch):
+    """A base of the hub may change; one that is named by hand is taken as it is."""
+    meta = json.loads((own / "bundle.json").read_text())
+    (own / "bundle.json").write_text(json.dumps(meta | {"base_revision": "4f2c"}))
+    asked, load = [], bundle_module.load_policy
+
+    def record(args, **kwargs):
+        asked.append((args.model_revision, kwargs["trust_remote_code"]))
+        return load(args, **kwargs)
+
+    monkeypatch.setattr(bundle_module, "load_policy", record)
+    Bundle.load(own)
+    Bundle.load(own, model_name_or_path=meta["base_model"], trust_remote_code=True)
+    assert asked == [("4f2c", False), ("main", True)]
+
+
+def test_a_run_in_bfloat16_is_loaded_as_one(own, make_bundle_folder, shop):
+    """Table and users are encoded under the same autocast; without the note the table would be stale."""
+    bundle = Bundle.load(own)
+    bundle.meta["protocol"]["bf16"] = True
+    assert bundle.staleness()["max_drift"] > 1e-6
+    bundle.refresh_table()
+    again = Bundle.load(own)
+    assert again.meta["protocol"]["bf16"] and again.staleness()["max_drift"] < 1e-9
+    assert not again.evaluate(shop["test"])["logprob"].equals(
+        Bundle.load(make_bundle_folder()).evaluate(shop["test"])["logprob"]
+    )

@@ -11,9 +11,10 @@ The last line is one JSON object: seconds of each step by part, tokens, peak mem
 runs on a CPU, where memory is not measured.
 
 Measured on an H100 (24 rollouts a step, P = 500, R = 512, transformers' own generation, second step): qwen2.5-3b LoRA
-52.0 s and 8.20 GiB (plan 8.15), QLoRA 49.5 s and 3.80 GiB (plan 3.92); gemma-2-2b LoRA with eager attention 44.8 s and
-7.88 GiB (plan 7.80). 84-89 % of the time is generation. The plan's .3 GiB of workspace come from these very runs:
-without them it was 5 % below all three.
+52.0 s and 8.20 GiB (plan 8.15), QLoRA 49.5 s and 3.80 GiB (plan 3.92); gemma-2-2b with eager attention LoRA 44.8 s and
+7.88 GiB (plan 7.80), QLoRA 57.6 s and 4.97 GiB (plan 5.00). The plan's .3 GiB of workspace come from the first three
+runs. 84-91 % of the time is generation: with vLLM the step of qwen2.5-3b takes 9.1 s. Memory under vLLM is not
+compared: torch counts what a sleeping engine has given back.
 """
 
 import logging
