@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
@@ -56,6 +57,11 @@ def read_adapter_config(adapter: str) -> PeftConfig:
             f"The adapter {adapter!r}: {CONFIG_FILE} says `peft_type` {config.peft_type}; give a LoRA one."
         )
     return config
+
+
+def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The LoRA matrices of a model; none where it has no adapter."""
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
 def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, trainable: bool = False) -> PeftModel:

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from r2ec_trl import __version__
+from r2ec_trl.adapters import adapter_parameters
 from r2ec_trl.answer_state import add_answer_state
 from r2ec_trl.bundle_parts import (
     ADAPTER_CONFIG,
@@ -44,7 +45,7 @@ from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import evaluate_users, make_encoder
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.loading import DEMO, PolicyArguments, load_policy, quantization_of
+from r2ec_trl.loading import DEMO, PolicyArguments, available_attention, dtype_name, load_policy, quantization_of
 from r2ec_trl.model_card import write_card
 from r2ec_trl.prompts import PromptConfig, Prompts
 from r2ec_trl.rollouts import Rollout
@@ -63,7 +64,7 @@ class Bundle:
             Prompt maker, item table encoded with `model`, and the catalogue's rows in the table's order.
         protocol (`dict`):
             At least `reasoning` (`"full"` or `"none"`), `max_new_tokens`, `item_temperature` and `token_budget`; with
-            `bf16` true, forwards run in bfloat16 as `--bf16` does it.
+            `mixed_precision` `"bf16"` or `"fp16"`, forwards run under that autocast.
         dataset_card, metrics (`dict`, *optional*):
             Where the users came from, and the figures on the test split.
         model_card (`str`, *optional*):
@@ -102,7 +103,9 @@ class Bundle:
             "adapter": base is not model,
             "base_model": DEMO if base_name == str(DEMO_POLICY) else base_name,
             "base_revision": getattr(base.config, "_commit_hash", None),  # of a model from the hub
-            "dtype": str(base.dtype).removeprefix("torch."),
+            "dtype": dtype_name(base.dtype),
+            "attn_implementation": base.config._attn_implementation,
+            "adapter_dtype": next((dtype_name(p.dtype) for p in adapter_parameters(model)), None),
             "quantization": quantization_of(base),
             "prompts": dataclasses.asdict(prompts.config),
             "similarity": table.similarity,
@@ -166,11 +169,14 @@ class Bundle:
             adapter=str(folder) if adapter else None,
             dtype=dtype,
             model_revision=(model_name_or_path is None and meta.get("base_revision")) or "main",
+            attn_implementation=available_attention(meta.get("attn_implementation")),
             **quantization,
         )
         model, tokenizer = load_policy(args, trust_remote_code=trust_remote_code, tokenizer_path=str(folder))
         if adapter:
             check_hashes({"base model": base_model_hash(model)}, recorded, folder)
+            for parameter in adapter_parameters(model):  # which PEFT loads in float32
+                parameter.data = parameter.data.to(getattr(torch, meta.get("adapter_dtype") or "float32"))
         if not quantization:
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         prompts = Prompts(tokenizer, prompt_config, items)
@@ -286,10 +292,9 @@ class Bundle:
         return {**self.meta["prompts"], **similarity, **self.meta["protocol"]}
 
     def precision(self) -> AbstractContextManager:
-        """The context of every forward: autocast to bfloat16 where the bundle's protocol says so."""
-        if not self.meta["protocol"].get("bf16"):
-            return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+        """The context of every forward: the autocast that the bundle's protocol names."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.meta["protocol"].get("mixed_precision", "no"))
+        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype=dtype)
 
     @torch.no_grad()
     def staleness(self, sample: int = 256) -> dict[str, float]:

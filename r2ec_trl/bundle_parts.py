@@ -84,7 +84,8 @@ def base_model_hash(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name or "modules_to_save" in name or not parameter.is_floating_point():
+        packed = type(parameter).__name__ == "Params4bit" or not parameter.is_floating_point()
+        if "lora_" in name or "modules_to_save" in name or packed:
             continue
         values = parameter.detach().flatten()
         values = values[:: max(1, len(values) // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
@@ -95,6 +96,12 @@ def base_model_hash(model: torch.nn.Module) -> str:
 def catalogue_hash(items: Dataset) -> str:
     """SHA-256 of the catalogue's rows, in their order."""
     return sha256_of(arrow_batches(items))
+
+
+def with_catalogue(card: Mapping[str, Any], items: Dataset) -> dict[str, Any]:
+    """A dataset card of the same users before another catalogue, of which the demo's generator knows nothing."""
+    counts = {**card["counts"], "items": len(items)}
+    return {**card, "counts": counts, "sha256": {**card["sha256"], "items": catalogue_hash(items)}, "synthetic": False}
 
 
 def file_hashes(folder: Path, prompt_config: PromptConfig, items: Dataset) -> dict[str, str]:

@@ -32,6 +32,7 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the collator needs them."})
     bf16: bool | None = field(default=None, metadata={"help": "By default on a GPU that supports it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
 
     def __post_init__(self) -> None:
         self.optim = resolve_optimizer(self.optim, self.use_cpu)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, get_quantization_config
 
 from r2ec_trl.adapters import attach_adapter, read_adapter_config
@@ -132,8 +133,12 @@ def load_policy(
             ),
             use_safetensors=True,
         )
-    except (OSError, HFValidationError) as error:
+    except (OSError, ValueError) as error:
+        wants_code = "trust_remote_code" in str(error)
+        if not (wants_code or isinstance(error, (OSError, HFValidationError))):
+            raise
         reason = str(error).strip().splitlines()[0]
+        reason += " Add `--trust_remote_code` if you trust it." if wants_code else ""
         hint = (
             ""
             if args.model_name_or_path
@@ -159,5 +164,19 @@ def quantization_of(model: PreTrainedModel) -> dict[str, Any]:
             "load_in_4bit": True,
             "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
             "use_bnb_nested_quant": nested,
+            "bnb_4bit_quant_storage": dtype_name(config.bnb_4bit_quant_storage),
         }
     return {}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype by the name that [`PolicyArguments`] takes."""
+    return str(dtype).removeprefix("torch.")
+
+
+def available_attention(recorded: str | None) -> str | None:
+    """The attention implementation a model was used with, where this machine has it; never code from the hub."""
+    if recorded in (None, "eager", "sdpa") or (recorded == "flash_attention_2" and is_flash_attn_2_available()):
+        return recorded
+    logger.warning("The model was used with %s attention, which is not here: the last digits may differ.", recorded)
+    return None

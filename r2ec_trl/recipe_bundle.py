@@ -1,7 +1,7 @@
 """The recommender that a recipe works on: a bundle, or a model or adapter with a dataset folder's catalogue."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,10 @@ class BundleArguments(DataArguments, RecommendationArguments):
 
 def load_bundle(args: BundleArguments, policy_args: PolicyArguments) -> Bundle:
     """The bundle that is named; [`UserError`] for flags that a bundle decides."""
-    decided = [one.name for one in dataclasses.fields(RecommendationArguments)] + ["max_completion_length", "bf16"]
-    decided.remove("max_eval_users")
-    defaults = BundleArguments()
-    given = [name for name in decided if getattr(args, name) != getattr(defaults, name)]
-    given += ["adapter"] if policy_args.adapter is not None else []
+    mine = {one.name for one in dataclasses.fields(RecommendationArguments)} - {"max_eval_users"}
+    theirs = {one.name for one in dataclasses.fields(PolicyArguments)} - {"model_name_or_path"}
+    given = _changed(args, BundleArguments(), mine | {"max_completion_length", "bf16"})
+    given += _changed(policy_args, PolicyArguments(), theirs)
     if given:
         raise UserError(f"--{given[0]} is decided by the bundle; leave it out.")
     return Bundle.load(
@@ -65,7 +64,7 @@ def make_bundle(
         "max_new_tokens": args.max_completion_length,
         "item_temperature": args.item_temperature,
         "token_budget": args.forward_token_budget,
-        "bf16": args.bf16,
+        "mixed_precision": "bf16" if args.bf16 else "no",
     }
     bundle = Bundle(model.eval(), prompts, table, dataset["items"], protocol=protocol, dataset_card=card)
     encoder = make_encoder(model, prompts, args.forward_token_budget)
@@ -80,7 +79,11 @@ def engine_of(args: BundleArguments, bundle: Bundle) -> Any:
         return None
     with bundle.precision():
         length = bundle.prompts.config.max_prompt_length + bundle.meta["protocol"]["max_new_tokens"]
-        return load_engine(bundle.model, length)
+        return load_engine(bundle.model, length, trust_remote_code=args.trust_remote_code)
+
+
+def _changed(args: Any, defaults: Any, names: Iterable[str]) -> list[str]:
+    return [name for name in sorted(names) if getattr(args, name) != getattr(defaults, name)]
 
 
 def _device(args: BundleArguments) -> str:

@@ -29,6 +29,7 @@ from r2ec_trl.recpo_config import RecommendationArguments
 
 logger = logging.getLogger(__name__)
 
+MAX_NEW_TOKENS = 512  # of a model trained without reasoning, should anyone ask it for some
 NUM_EXAMPLES = 2  # users whose reasoning is shown before and after
 
 
@@ -112,13 +113,22 @@ def finish_run(
                 dataset_card=card,
                 model_card=(folder / "README.md").read_text(encoding="utf-8"),
             )
+    facts = _facts(trainer, card)
+    result: dict[str, Any] = {"protocol": facts}
+    if main and before is not None:
+        result["before"] = {**report(before, {}, facts), **_extras(before, test)}
+        write_report(folder / "before", result["before"], before)
     trainer.accelerator.wait_for_everyone()
-    after = evaluate_bundle(trainer, folder / "bundle", test)
+    try:
+        after = evaluate_bundle(trainer, folder / "bundle", test)
+    except Exception:
+        logger.error(
+            "%s is whole, its figures are missing: recipes/evaluate.py --bundle gives them.", folder / "bundle"
+        )
+        raise
     if main:
-        result = _result(trainer, dataset, card, test, before, after)
+        result |= _result(trainer, dataset, card, test, before, after, facts)
         bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
-        if before is not None:
-            write_report(folder / "before", result["before"], before)
         write_report(folder, result, after)
         _print(Console(), result, dataset, test, before, after)
 
@@ -127,10 +137,10 @@ def _bundle_protocol(trainer: GreedyEvaluation) -> dict[str, Any]:
     args: Any = trainer.args
     return {
         "reasoning": trainer.reasoning,
-        "max_new_tokens": getattr(args, "max_completion_length", 1),
+        "max_new_tokens": getattr(args, "max_completion_length", MAX_NEW_TOKENS),
         "item_temperature": args.item_temperature,
         "token_budget": args.forward_token_budget,
-        "bf16": trainer.accelerator.native_amp and args.bf16,
+        "mixed_precision": trainer.accelerator.mixed_precision if trainer.accelerator.native_amp else "no",
     }
 
 
@@ -139,23 +149,31 @@ def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -
     As [`~r2ec_trl.greedy_evaluation.GreedyEvaluation.evaluate_frame`], but by the bundle that a run wrote: weights,
     prompts and item table are read back from disk. Reasonings come from vLLM where the run uses it.
 
-    Meanwhile the trained model waits in main memory, unless it is quantised or DeepSpeed's.
+    To make room, the trained model is left in main memory, unless it is quantised or DeepSpeed's.
     """
-    device = trainer.accelerator.device
     users, rollouts = trainer._own_users(dataset, trainer.reasoning)
-    movable = not (getattr(trainer.model, "is_quantized", False) or trainer.is_deepspeed_enabled)
-    if movable:
+    if not (getattr(trainer.model, "is_quantized", False) or trainer.is_deepspeed_enabled):
         trainer.model.to("cpu")
     unset_hf_deepspeed_config()  # under ZeRO-3 the bundle's weights would be shared out as they are loaded
-    try:
-        on_disk = "cpu" if isinstance(trainer.table, SlicedTable) else None
-        trust = getattr(trainer.args, "trust_remote_code", False)
-        bundle = Bundle.load(folder, device=str(device), table_device=on_disk, trust_remote_code=trust)
-        frame = bundle.evaluate(users, rollouts=rollouts)
-    finally:
-        if movable:
-            trainer.model.to(device)
-    return gather_rows(frame, len(dataset))
+    bundle = Bundle.load(
+        folder,
+        device=str(trainer.accelerator.device),
+        table_device="cpu" if isinstance(trainer.table, SlicedTable) else None,
+        trust_remote_code=trainer.args.trust_remote_code,
+    )
+    return gather_rows(bundle.evaluate(users, rollouts=rollouts), len(dataset))
+
+
+def _facts(trainer: GreedyEvaluation, card: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol of a training run."""
+    args: Any = trainer.args
+    settings = settings_of(
+        args,
+        trainer.reasoning,
+        max_completion_length=getattr(args, "max_completion_length", 0),
+        model=trainer.model.config._name_or_path,
+    )
+    return protocol(card, settings, args.seed)
 
 
 def _result(
@@ -165,23 +183,13 @@ def _result(
     test: Dataset,
     before: pl.DataFrame | None,
     after: pl.DataFrame,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `metrics.json` of a training run holds: protocol, before, after, their difference, the training."""
+    """What `metrics.json` of a training run holds besides the protocol and `before`."""
     args: Any = trainer.args
-    facts = protocol(
-        card,
-        settings_of(
-            args,
-            trainer.reasoning,
-            max_completion_length=getattr(args, "max_completion_length", 0),
-            model=trainer.model.config._name_or_path,
-        ),
-        args.seed,
-    )
     baselines = baseline_ranks(dataset, test, card["synthetic"])
-    result: dict[str, Any] = {"protocol": facts, "after": {**report(after, baselines, facts), **_extras(after, test)}}
+    result: dict[str, Any] = {"after": {**report(after, baselines, facts), **_extras(after, test)}}
     if before is not None:
-        result["before"] = {**report(before, {}, facts), **_extras(before, test)}
         result["difference"] = compare_frames(before, after)
     result["training"] = {
         "steps": trainer.state.global_step,

@@ -71,7 +71,7 @@ def load_engine(
     check_evaluated(policy)
     device = next(policy.parameters()).device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else policy.dtype
-    options = {"dtype": dtype, **options}
+    options = {"dtype": dtype, "revision": base_revision(policy), **options}
     lora = is_peft_model(policy)
     if lora:
         rank = policy.peft_config[policy.active_adapters[0]].r
@@ -89,6 +89,12 @@ def load_engine(
         with adapter_folder(policy) as folder:
             use_adapter(llm, LoRARequest("policy", 1, str(folder)))
     return llm
+
+
+def base_revision(policy: Any) -> str | None:
+    """The commit of the hub at which a policy's base was loaded: vLLM must not read a newer one."""
+    base = policy.get_base_model() if is_peft_model(policy) else policy
+    return getattr(base.config, "_commit_hash", None)
 
 
 def use_adapter(llm: Any, request: Any) -> None:

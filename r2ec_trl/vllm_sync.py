@@ -20,7 +20,7 @@ from trl.trainer import grpo_trainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.rollouts import MarkerReader, Rollout
-from r2ec_trl.vllm_engine import adapter_folder, marker_stop, use_adapter
+from r2ec_trl.vllm_engine import adapter_folder, base_revision, marker_stop, use_adapter
 from r2ec_trl.vllm_guards import check_installed, check_model, check_server, check_settings, kernel_rank
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class MergedSync(VLLMGeneration):
 
     def _engine_options(self) -> dict[str, Any]:
         compute = torch.bfloat16 if self.settings.bf16 else torch.float16 if self.settings.fp16 else self.model.dtype
-        return {"quantization": None, "dtype": compute}
+        return {"quantization": None, "dtype": compute, "revision": base_revision(self.model)}
 
     def _connect(self) -> None:
         super()._init_vllm()

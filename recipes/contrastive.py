@@ -55,7 +55,7 @@ def main() -> None:
     start_logging(args)
     dataset, card = load_dataset(script_args.dataset, args.output_dir)
     args.category = args.category or card["category"]
-    model, tokenizer = load_policy(policy_args, trainable=True)
+    model, tokenizer = load_policy(policy_args, trainable=True, trust_remote_code=args.trust_remote_code)
     callbacks = [HealthCallback(), LearningCurveCallback()]
     if script_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(script_args.early_stopping_patience))

@@ -19,8 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle import Bundle
+from r2ec_trl.bundle_parts import catalogue_hash, with_catalogue
 from r2ec_trl.cli import parse, run
 from r2ec_trl.distributed import gather_rows, own_rows
 from r2ec_trl.errors import UserError
@@ -66,11 +68,14 @@ def reasonings(
 def main() -> None:
     args, policy_args = parse((EvaluateArguments, PolicyArguments), description=__doc__)
     accelerator = Accelerator()
+    unset_hf_deepspeed_config()  # a ZeRO-3 launch would share out the weights as they are loaded
     if args.engine == "vllm" and accelerator.num_processes > 1:
         raise UserError("--engine vllm evaluates in one process; launch with `python`, or leave it out.")
     dataset, card = load_dataset(args.dataset, args.output_dir)
     users = first_rows(dataset[args.split], args.max_eval_users)
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
+    if catalogue_hash(bundle.items) != catalogue_hash(dataset["items"]):  # items were added, changed or removed since
+        dataset["items"], card = bundle.items, with_catalogue(card, bundle.items)
     reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
     modes = args.reasoning or [bundle.meta["protocol"]["reasoning"]]
     with torch.no_grad():

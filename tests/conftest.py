@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -239,3 +240,49 @@ def replay(monkeypatch):
         return given
 
     return install
+
+
+PROTOCOL = {"reasoning": "full", "max_new_tokens": 8, "item_temperature": 0.05, "token_budget": 2048}
+SHORT = {"user_template": "Bought:\n{history}\nNext {category}?", "item_template": "{fields}"}
+
+
+@pytest.fixture(scope="session")
+def make_bundle_folder(tiny_model_folder, chat_tokenizer, shop, tmp_path_factory):
+    """`make_bundle_folder(seed=0, adapter=True, items=None, **prompt_fields)` writes a bundle of a tiny policy."""
+    from peft import LoraConfig, get_peft_model
+
+    from r2ec_trl.answer_state import add_answer_state
+    from r2ec_trl.bundle import save_bundle
+    from r2ec_trl.evaluation import make_encoder, make_table
+    from r2ec_trl.prompts import PromptConfig, Prompts
+
+    def make(seed=0, adapter=True, items=None, **prompt_fields):
+        base = tiny_model_folder("llama")
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+        if adapter:
+            torch.manual_seed(seed)
+            lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+            model = get_peft_model(model, lora)
+        items = shop["items"] if items is None else items
+        prompts = Prompts(chat_tokenizer, PromptConfig(category="part", **SHORT, **prompt_fields), items)
+        add_answer_state(model.get_base_model() if adapter else model)
+        table = make_table(prompts, items, "cosine", "cpu")
+        with torch.no_grad():
+            table.refresh(make_encoder(model.eval(), prompts, PROTOCOL["token_budget"]))
+        folder = tmp_path_factory.mktemp("bundle") / "bundle"
+        card = {"source": "tests", "counts": {"items": len(items)}}
+        return save_bundle(folder, model, prompts, table, items, protocol=PROTOCOL, dataset_card=card).folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def written(make_bundle_folder):
+    """A bundle on disk: read only."""
+    return make_bundle_folder()
+
+
+@pytest.fixture
+def own(written, tmp_path):
+    """A copy of the bundle that a test may change."""
+    return shutil.copytree(written, tmp_path / "own")

@@ -9,59 +9,17 @@ import datasets
 import polars as pl
 import pytest
 import torch
+from conftest import SHORT
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from r2ec_trl import bundle as bundle_module
-from r2ec_trl.answer_state import add_answer_state
-from r2ec_trl.bundle import Bundle, save_bundle
+from r2ec_trl.bundle import Bundle
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation import make_encoder, make_table
 from r2ec_trl.evaluation_report import report
 from r2ec_trl.items.scoring import top_k
-from r2ec_trl.prompts import PromptConfig, Prompts
+from r2ec_trl.prompts import PromptConfig
 from r2ec_trl.recommender import Recommender
-
-PROTOCOL = {"reasoning": "full", "max_new_tokens": 8, "item_temperature": 0.05, "token_budget": 2048}
-SHORT = {"user_template": "Bought:\n{history}\nNext {category}?", "item_template": "{fields}"}
-
-
-@pytest.fixture(scope="session")
-def make_bundle_folder(tiny_model_folder, chat_tokenizer, shop, tmp_path_factory):
-    """`make_bundle_folder(seed=0, adapter=True, items=None, **prompt_fields)` writes a bundle of a tiny policy."""
-
-    def make(seed=0, adapter=True, items=None, **prompt_fields):
-        base = tiny_model_folder("llama")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-        if adapter:
-            torch.manual_seed(seed)
-            lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-            model = get_peft_model(model, lora)
-        add_answer_state(model.get_base_model() if adapter else model)
-        items = shop["items"] if items is None else items
-        prompts = Prompts(chat_tokenizer, PromptConfig(category="part", **SHORT, **prompt_fields), items)
-        table = make_table(prompts, items, "cosine", "cpu")
-        with torch.no_grad():
-            table.refresh(make_encoder(model.eval(), prompts, PROTOCOL["token_budget"]))
-        folder = tmp_path_factory.mktemp("bundle") / "bundle"
-        card = {"source": "tests", "counts": {"items": len(items)}}
-        return save_bundle(folder, model, prompts, table, items, protocol=PROTOCOL, dataset_card=card).folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def written(make_bundle_folder):
-    """A bundle on disk: read only."""
-    return make_bundle_folder()
-
-
-@pytest.fixture
-def own(written, tmp_path):
-    """A copy of the bundle that a test may change."""
-    return shutil.copytree(written, tmp_path / "own")
 
 
 def catalogue_of(folder):
@@ -398,32 +356,3 @@ def test_the_card_tells_how_to_use_it_and_what_it_reached(own, shop, tiny_model_
     assert "- grpo" in text and "library_name: peft" in text and "Of a model in a local folder" in text
     assert str(tiny_model_folder("llama")) not in text  # a folder is no base model of the hub's
     assert Bundle.load(own).meta["metrics"]["after"]["rows"] == 10
-
-
-def test_the_base_is_asked_for_in_the_revision_it_had(own, monkeypatch):
-    """A base of the hub may change; one that is named by hand is taken as it is."""
-    meta = json.loads((own / "bundle.json").read_text())
-    (own / "bundle.json").write_text(json.dumps(meta | {"base_revision": "4f2c"}))
-    asked, load = [], bundle_module.load_policy
-
-    def record(args, **kwargs):
-        asked.append((args.model_revision, kwargs["trust_remote_code"]))
-        return load(args, **kwargs)
-
-    monkeypatch.setattr(bundle_module, "load_policy", record)
-    Bundle.load(own)
-    Bundle.load(own, model_name_or_path=meta["base_model"], trust_remote_code=True)
-    assert asked == [("4f2c", False), ("main", True)]
-
-
-def test_a_run_in_bfloat16_is_loaded_as_one(own, make_bundle_folder, shop):
-    """Table and users are encoded under the same autocast; without the note the table would be stale."""
-    bundle = Bundle.load(own)
-    bundle.meta["protocol"]["bf16"] = True
-    assert bundle.staleness()["max_drift"] > 1e-6
-    bundle.refresh_table()
-    again = Bundle.load(own)
-    assert again.meta["protocol"]["bf16"] and again.staleness()["max_drift"] < 1e-9
-    assert not again.evaluate(shop["test"])["logprob"].equals(
-        Bundle.load(make_bundle_folder()).evaluate(shop["test"])["logprob"]
-    )
