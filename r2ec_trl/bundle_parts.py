@@ -54,7 +54,9 @@ def bundle_folder(name_or_folder: str | os.PathLike) -> tuple[Path, bool]:
                 f"{_first_line(error)}"
             ) from error
     if not (folder / META_FILE).is_file():
-        raise UserError(f"{str(name_or_folder)!r} has no {META_FILE}; give a folder that recipes/recpo.py wrote.")
+        inside = folder / "bundle"
+        hint = str(inside) if (inside / META_FILE).is_file() else "the folder `bundle` that recipes/recpo.py wrote"
+        raise UserError(f"{str(name_or_folder)!r} has no {META_FILE}; give {hint}.")
     return folder, is_local
 
 

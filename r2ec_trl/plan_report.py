@@ -227,7 +227,9 @@ def _config_problems(plan: Plan, args: RecPOConfig, policy: PolicyArguments, con
     if args.temperature > 1.2 and plan.shape.parameters < SMALL_MODEL:
         problems.append(f"A model this small rambles at --temperature {args.temperature:g}; 1.0 suits it.")
     if str(args.save_strategy.value) == "no":
-        problems.append("Nothing is saved before the end: a crash costs the whole run; set --save_steps.")
+        problems.append(
+            "Nothing is saved before the end: a crash costs the whole run; set --save_strategy steps and --save_steps."
+        )
     elif args.save_only_model:
         problems.append("--save_only_model keeps no optimizer: a resumed run starts it anew.")
     if policy.load_in_4bit and plan.shape.adapter == 0:

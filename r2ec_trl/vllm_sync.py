@@ -239,7 +239,7 @@ class MergedSync(VLLMGeneration):
                 raise
             raise UserError(
                 f"The vLLM server at {self.base_url} stopped answering ({type(error).__name__}); see its log, "
-                "restart it and go on with `--resume_from_checkpoint`."
+                "restart it and go on with `--resume_from_checkpoint latest`."
             ) from error
 
 

@@ -141,7 +141,9 @@ def test_mistakes_are_one_sentence(recommender, arguments, sentence):
     assert "\n" not in str(caught.value)
 
 
-ITEMS = pl.DataFrame({"price": [1.0, 60.0, None], "title": ["a", "b", "select"], "n": ["1", "2", "3"]})
+ITEMS = pl.DataFrame({"price": [1.0, 60.0, None], "title": ["a", "b", "select"], "n": ["1", "2", "3"]}).with_columns(
+    shown=pl.Series(["$5.00", None, "$1,299.90"])
+)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,8 @@ ITEMS = pl.DataFrame({"price": [1.0, 60.0, None], "title": ["a", "b", "select"],
         ("title IN ('a', 'select')", [True, False, True]),
         ("title LIKE 's%' OR n = '2'", [False, True, True]),
         ("CAST(n AS DOUBLE) >= 2", [False, True, True]),
+        ("n >= 2", [False, True, True]),  # text that holds nothing but numbers
+        ("shown > 1000 OR shown < 6", [True, False, True]),
         ("1 = 1", [True, True, True]),
         ("price = max(price)", [False, True, False]),
     ],
@@ -167,7 +171,7 @@ def test_conditions(where, expected):
         "",
         "price",
         "price <",
-        "n < 3",
+        "title < 3",
         "price < 50; DROP TABLE items",
         "read_csv('/etc/passwd')",
         "title IN (SELECT * FROM read_csv('/etc/passwd'))",

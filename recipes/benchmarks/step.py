@@ -251,7 +251,7 @@ def predict(args: StepArguments, policy: PolicyArguments, trainer: MeasuredTrain
     """The plan's figures for what the trainer really was given, in GiB."""
     adapter = {"lora_rank": policy.lora_r, "lora_modules": policy.lora_target_modules} if policy.use_peft else {}
     config = AutoConfig.from_pretrained(policy.model_name_or_path)
-    shape = model_shape(config, policy.attn_implementation, **adapter)
+    shape = model_shape(config, trainer.model.config._attn_implementation, **adapter)
     prompts = [len(trainer.prompts.user_ids(row)) for row in trainer.train_dataset]
     workload = Workload(
         prompt_tokens=max(prompts),
