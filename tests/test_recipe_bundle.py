@@ -4,13 +4,19 @@ import json
 import runpy
 from pathlib import Path
 
+import polars as pl
 import pytest
+import torch
 from conftest import PROTOCOL
+from transformers import AutoModelForCausalLM
 
 from r2ec_trl import bundle as bundle_module
 from r2ec_trl.bundle import Bundle, save_bundle
+from r2ec_trl.data.schema import load_dataset_card
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation_report import read_ranks
 from r2ec_trl.loading import available_attention
+from r2ec_trl.run_report import finish_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -77,3 +83,52 @@ def test_evaluating_a_bundle_whose_catalogue_has_grown(own, shop_folder, tmp_pat
         monkeypatch.setattr("sys.argv", ["evaluate.py", *words, *flag])
         with pytest.raises(UserError, match=f"{flag[0]} is decided by the bundle; leave it out"):
             main()
+
+
+@pytest.fixture
+def end_run(make_trainer, tiny_model_folder, shop, shop_folder, tmp_path):
+    """`end_run(**settings)` ends an untrained run on the test users and returns its folder."""
+
+    def call(**settings):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
+        trainer = make_trainer(model=model, output_dir=str(tmp_path / "run"), **settings)
+        before = trainer.evaluate_frame(shop["test"])
+        finish_run(trainer, shop, load_dataset_card(shop_folder), shop["test"], before)
+        return tmp_path / "run"
+
+    return call
+
+
+def test_the_final_figures_come_from_the_bundle_on_disk(end_run, monkeypatch):
+    evaluate = Bundle.evaluate
+
+    def mark(self, dataset, **kwargs):
+        return evaluate(self, dataset, **kwargs).with_columns(rank=pl.lit(7), reasoning=pl.lit(str(self.folder)))
+
+    monkeypatch.setattr(Bundle, "evaluate", mark)
+    folder = end_run()
+    ranks, _ = read_ranks(folder)
+    assert set(ranks["rank"]) == {7} and set(ranks["reasoning"]) == {str(folder / "bundle")}
+    figures = json.loads((folder / "metrics.json").read_text())["after"]["unmasked"]["model"]
+    recorded = json.loads((folder / "bundle" / "bundle.json").read_text())["metrics"]["after"]["unmasked"]["model"]
+    assert figures == recorded and figures["hit@10"]["value"] == 1 and figures["hit@5"]["value"] == 0
+
+
+def test_a_run_in_bfloat16_leaves_a_bundle_that_says_so(end_run):
+    bundle = Bundle.load(end_run(bf16=True) / "bundle")
+    assert bundle.meta["protocol"]["mixed_precision"] == "bf16" and bundle.staleness()["max_drift"] < 1e-9
+
+
+def test_a_final_evaluation_that_fails_loses_nothing_else(end_run, monkeypatch, caplog, tmp_path):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Bundle, "evaluate", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        end_run()
+    assert "its figures are missing: recipes/evaluate.py --bundle" in caplog.text
+    monkeypatch.undo()
+    assert Bundle.load(tmp_path / "run" / "bundle").staleness()["max_drift"] < 1e-9
+    assert (tmp_path / "run" / "before" / "metrics.json").is_file() and not (
+        tmp_path / "run" / "metrics.json"
+    ).exists()
