@@ -199,6 +199,10 @@ class Bundle:
         anything else is not. The item table is written as it is: encode it with the current weights before.
         """
         folder = Path(folder)
+        if not self.meta["base_model"] and self.meta["adapter"]:
+            raise UserError(
+                "The adapter's base has no name to load it by; `save_pretrained` it, and load it from there."
+            )
         if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{str(folder)!r} exists and is no bundle; choose another folder for it.")
         temporary = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")

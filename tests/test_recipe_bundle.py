@@ -132,3 +132,11 @@ def test_a_final_evaluation_that_fails_loses_nothing_else(end_run, monkeypatch, 
     assert (tmp_path / "run" / "before" / "metrics.json").is_file() and not (
         tmp_path / "run" / "metrics.json"
     ).exists()
+
+
+def test_a_base_without_a_name_is_noticed_when_it_is_saved(own, tmp_path):
+    bundle = Bundle.load(own)
+    bundle.meta["base_model"] = ""
+    with pytest.raises(UserError, match="has no name to load it by"):
+        bundle.save(tmp_path / "nameless")
+    assert not (tmp_path / "nameless").exists()
