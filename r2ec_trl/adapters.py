@@ -64,6 +64,11 @@ def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
+def is_packed(parameter: torch.nn.Parameter) -> bool:
+    """Whether bitsandbytes holds a weight in 4 bits."""
+    return type(parameter).__name__ == "Params4bit"
+
+
 def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, trainable: bool = False) -> PeftModel:
     """
     `model` with a saved adapter on it, every tensor accounted for.

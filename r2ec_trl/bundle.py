@@ -275,7 +275,7 @@ class Bundle:
     def evaluate(
         self, dataset: Dataset, reasoning: str | None = None, rollouts: Sequence[Rollout] | None = None
     ) -> pl.DataFrame:
-        """One row a user, see [`~r2ec_trl.evaluation.evaluate_users`], by the bundle's own protocol."""
+        """One row a user, by the bundle's own protocol; see [`~r2ec_trl.evaluation.evaluate_users`]."""
         protocol = self.meta["protocol"]
         with self.precision():
             return evaluate_users(

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from r2ec_trl.adapters import is_packed
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.schema import arrow_batches
 from r2ec_trl.errors import UserError
@@ -86,8 +87,7 @@ def base_model_hash(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        packed = type(parameter).__name__ == "Params4bit" or not parameter.is_floating_point()
-        if "lora_" in name or "modules_to_save" in name or packed:
+        if "lora_" in name or "modules_to_save" in name or is_packed(parameter) or not parameter.is_floating_point():
             continue
         values = parameter.detach().flatten()
         values = values[:: max(1, len(values) // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
@@ -98,12 +98,6 @@ def base_model_hash(model: torch.nn.Module) -> str:
 def catalogue_hash(items: Dataset) -> str:
     """SHA-256 of the catalogue's rows, in their order."""
     return sha256_of(arrow_batches(items))
-
-
-def with_catalogue(card: Mapping[str, Any], items: Dataset) -> dict[str, Any]:
-    """A dataset card of the same users before another catalogue, of which the demo's generator knows nothing."""
-    counts = {**card["counts"], "items": len(items)}
-    return {**card, "counts": counts, "sha256": {**card["sha256"], "items": catalogue_hash(items)}, "synthetic": False}
 
 
 def file_hashes(folder: Path, prompt_config: PromptConfig, items: Dataset) -> dict[str, str]:

@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 GIB = 2**30
-WORKSPACE_BYTES = (
-    0.3 * GIB
-)  # of the matrix libraries, masks and sampling: what three H100 runs took beyond the formulas
+# Of the matrix libraries, masks and sampling: what three H100 runs took beyond the formulas
+WORKSPACE_BYTES = 0.3 * GIB
 LOG_PROB_TILE = 4096 * 32_768  # logits that TRL's fused head holds at once
 NF4_BYTES, NF4_DOUBLE_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its share of block scales
 STAYS = ("weights", "adapter", "optimizer", "table", "vllm", "workspace")

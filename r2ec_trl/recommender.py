@@ -91,16 +91,9 @@ class Recommender:
         self._by_title: dict[str, list[int]] = {}
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | os.PathLike,
-        model_name_or_path: str | None = None,
-        device: str | None = None,
-        table_device: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> "Recommender":
+    def from_pretrained(cls, name_or_folder: str | os.PathLike, *args: Any, **kwargs: Any) -> "Recommender":
         """Arguments as in [`~r2ec_trl.bundle.Bundle.load`]."""
-        return cls(Bundle.load(name_or_folder, model_name_or_path, device, table_device, trust_remote_code))
+        return cls(Bundle.load(name_or_folder, *args, **kwargs))
 
     @torch.no_grad()
     def recommend(

@@ -25,11 +25,11 @@ from r2ec_trl.evaluation import cold_targets
 from r2ec_trl.evaluation_report import cold_report, compare_frames, protocol, report, write_report
 from r2ec_trl.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.items.sliced_table import SlicedTable
+from r2ec_trl.recipe_bundle import BundleArguments
 from r2ec_trl.recpo_config import RecommendationArguments
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 512  # of a model trained without reasoning, should anyone ask it for some
 NUM_EXAMPLES = 2  # users whose reasoning is shown before and after
 
 
@@ -137,7 +137,7 @@ def _bundle_protocol(trainer: GreedyEvaluation) -> dict[str, Any]:
     args: Any = trainer.args
     return {
         "reasoning": trainer.reasoning,
-        "max_new_tokens": getattr(args, "max_completion_length", MAX_NEW_TOKENS),
+        "max_new_tokens": getattr(args, "max_completion_length", BundleArguments.max_completion_length),
         "item_temperature": args.item_temperature,
         "token_budget": args.forward_token_budget,
         "mixed_precision": trainer.accelerator.mixed_precision if trainer.accelerator.native_amp else "no",
@@ -217,8 +217,9 @@ def write_evaluation(
 ) -> None:
     """Write and print what recipes/evaluate.py measured: one report of one reasoning mode."""
     facts = protocol(card, settings, seed, split)
-    result = {**report(frame, baseline_ranks(dataset, test, card["synthetic"]), facts), **_extras(frame, test)}
-    result["cold_targets"] = cold_report(frame, cold_targets(dataset["train"], test))
+    baselines = baseline_ranks(dataset, test, card["synthetic"])
+    result = {**report(frame, baselines, facts, seed=seed), **_extras(frame, test)}
+    result["cold_targets"] = cold_report(frame, cold_targets(dataset["train"], test), seed=seed)
     write_report(folder, result, frame)
     console = Console()
     console.print(f"[bold]reasoning: {settings['reasoning']}[/bold]", result["reasoning"])

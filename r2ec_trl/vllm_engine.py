@@ -93,8 +93,7 @@ def load_engine(
 
 def base_revision(policy: Any) -> str | None:
     """The commit of the hub at which a policy's base was loaded: vLLM must not read a newer one."""
-    base = policy.get_base_model() if is_peft_model(policy) else policy
-    return getattr(base.config, "_commit_hash", None)
+    return getattr(policy.config, "_commit_hash", None)
 
 
 def use_adapter(llm: Any, request: Any) -> None:

@@ -18,6 +18,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
+from r2ec_trl.adapters import is_packed
 from r2ec_trl.errors import UserError
 from r2ec_trl.rollouts import MarkerReader, Rollout
 from r2ec_trl.vllm_engine import adapter_folder, base_revision, marker_stop, use_adapter
@@ -284,7 +285,7 @@ class AdapterSync(MergedSync):
     def _load_in_engine(self, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
-        if self.version == 1 and any(_is_packed(param) for param in self.model.parameters()):
+        if self.version == 1 and any(is_packed(param) for param in self.model.parameters()):
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             with self.model.disable_adapter():
                 for name, weight in self._iter_merged_params():
@@ -319,7 +320,7 @@ def _merged(layer: Any, leaf: str) -> Iterator[torch.Tensor]:
     """A parameter of a layer's base with the active adapter in it; the base keeps its own storage throughout."""
     base = layer.get_base_layer()
     adapters = [] if layer.disable_adapters else layer.active_adapters
-    if _is_packed(getattr(base, leaf)):  # PEFT would merge, then quantise the sum
+    if is_packed(getattr(base, leaf)):  # PEFT would merge, then quantise the sum
         weight = _whole(base, leaf)
         for adapter in adapters:
             weight = weight + layer.get_delta_weight(adapter).to(weight)
@@ -336,11 +337,7 @@ def _merged(layer: Any, leaf: str) -> Iterator[torch.Tensor]:
             param.data = data
 
 
-def _is_packed(param: torch.nn.Parameter) -> bool:
-    return type(param).__name__ == "Params4bit"
-
-
 def _whole(module: torch.nn.Module, leaf: str) -> torch.Tensor:
     """A parameter's data, dequantised where a 4-bit base packs it."""
     param = getattr(module, leaf)
-    return dequantize_module_weight(module).data if _is_packed(param) else param.data
+    return dequantize_module_weight(module).data if is_packed(param) else param.data

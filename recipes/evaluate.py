@@ -14,6 +14,7 @@ share out the users. Hardware: whatever the model runs on; the demo's 500 users 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,6 @@ from datasets import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle import Bundle
-from r2ec_trl.bundle_parts import catalogue_hash, with_catalogue
 from r2ec_trl.cli import parse, run
 from r2ec_trl.distributed import gather_rows, own_rows
 from r2ec_trl.errors import UserError
@@ -46,7 +46,7 @@ class EvaluateArguments(BundleArguments):
         default_factory=list,
         metadata={"help": f"One or more of {', '.join(REASONING_MODES)}; by default the bundle's own, or full."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of whose reasoning is swapped."})
 
 
 def reasonings(
@@ -55,14 +55,20 @@ def reasonings(
     """Greedy reasonings of all users, by the engine that is named; each process writes those of its own."""
     protocol = bundle.meta["protocol"]
     prompt_ids = [bundle.prompts.user_ids(user) for user in own_rows(users, accelerator)]
+    if args.engine == "vllm":
+        return generate_reasoning_vllm(engine_of(args, bundle), reader, prompt_ids, protocol["max_new_tokens"])
+    budget = 2 * protocol["token_budget"]
     with bundle.precision():
-        if args.engine == "vllm":
-            engine = engine_of(args, bundle)
-            return generate_reasoning_vllm(engine, reader, prompt_ids, protocol["max_new_tokens"])
-        budget = 2 * protocol["token_budget"]
         mine = generate_reasoning(bundle.model, reader, prompt_ids, protocol["max_new_tokens"], budget)
     every: list[list[Rollout]] = gather_object([mine])
     return [every[row % len(every)][row // len(every)] for row in range(len(users))]
+
+
+def card_of_changed_catalogue(card: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
+    """The card of users who are ranked in a catalogue changed since; the demo's generator knows nothing of it."""
+    counts = {**card["counts"], "items": len(bundle.items)}
+    hashes = {**card["sha256"], "items": bundle.meta["hashes"]["catalogue"]}
+    return {**card, "counts": counts, "sha256": hashes, "synthetic": False}
 
 
 def main() -> None:
@@ -74,14 +80,14 @@ def main() -> None:
     dataset, card = load_dataset(args.dataset, args.output_dir)
     users = first_rows(dataset[args.split], args.max_eval_users)
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
-    if catalogue_hash(bundle.items) != catalogue_hash(dataset["items"]):  # items were added, changed or removed since
-        dataset["items"], card = bundle.items, with_catalogue(card, bundle.items)
+    if args.bundle and bundle.meta["hashes"]["catalogue"] != card["sha256"]["items"]:
+        dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)
     reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
     modes = args.reasoning or [bundle.meta["protocol"]["reasoning"]]
     with torch.no_grad():
         known = [] if set(modes) == {"none"} else reasonings(args, bundle, reader, users, accelerator)
     for mode in modes:
-        rollouts = alter_reasoning(known or [reader.finish([], end_ids=[])] * len(users), reader, mode)
+        rollouts = alter_reasoning(known or [reader.finish([], end_ids=[])] * len(users), reader, mode, args.seed)
         own = rollouts[accelerator.process_index :: accelerator.num_processes] or rollouts[:1]
         frame = gather_rows(bundle.evaluate(own_rows(users, accelerator), "full", own), len(users))
         if accelerator.is_main_process:

@@ -78,6 +78,7 @@ def test_bundle_in_a_new_process_gives_the_same_ranks(demo, tmp_path):
     launch("evaluate.py", "--bundle", folder / "bundle", "--dataset", data, "--output_dir", tmp_path)
     assert read_ranks(tmp_path)[0].equals(read_ranks(folder)[0])
     again = json.loads((tmp_path / "metrics.json").read_text())
+    assert "oracle" in again["unmasked"]  # the catalogue is the one the demo was trained on
     assert all(again[mask]["model"] == metrics["after"][mask]["model"] for mask in ("masked", "unmasked"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from conftest import PROTOCOL
 
 from r2ec_trl.answer_state import add_answer_state
 from r2ec_trl.bundle import Bundle
@@ -16,7 +17,6 @@ from r2ec_trl.prompts import PromptConfig, Prompts
 from r2ec_trl.recommender import Recommender, matching_rows
 from r2ec_trl.recpo_config import RecommendationArguments
 
-PROTOCOL = {"reasoning": "full", "max_new_tokens": 8, "item_temperature": 0.05, "token_budget": 2048}
 RECIPE = Path(__file__).parents[1] / "recipes" / "recommend.py"
 
 

@@ -3,7 +3,7 @@ Time and memory of whole RecPO steps on a randomly initialised model of a real o
 
     python recipes/benchmark.py --case step --shape qwen2.5-3b                                     # LoRA in bf16
     python recipes/benchmark.py --case step --shape gemma-2-2b --attn_implementation eager --load_in_4bit    # QLoRA
-    python recipes/benchmark.py --case step --shape qwen2.5-3b --use_vllm [--vllm_lora_sync] [--vllm_sleep]
+    python recipes/benchmark.py --case step --shape qwen2.5-3b --use_vllm [--vllm_lora_sync] [--vllm_enable_sleep_mode]
     python recipes/benchmark.py --case step --shape toy --use_cpu --users 2 --completion_tokens 16 --num_items 20
 
 The last line is one JSON object: seconds of each step by part, tokens, peak memory by phase, and what
@@ -108,8 +108,12 @@ class StepArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
     use_vllm: bool = field(default=False, metadata={"help": "Generate with a colocated vLLM engine."})
     vllm_lora_sync: bool = field(default=False, metadata={"help": "Send it the adapter, not merged weights."})
-    vllm_sleep: bool = field(default=False, metadata={"help": "Free the engine's memory while the policy trains."})
-    vllm_share: float = field(default=0.3, metadata={"help": "Share of the GPU that the engine takes."})
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "Free the engine's memory while the policy trains."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU that the engine takes."}
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -225,8 +229,8 @@ def make_trainer(args: StepArguments, policy: PolicyArguments, folder: Path, tim
         generation_kwargs={"min_tokens" if args.use_vllm else "min_new_tokens": args.completion_tokens},
         use_vllm=args.use_vllm,
         vllm_lora_sync=args.vllm_lora_sync,
-        vllm_enable_sleep_mode=args.vllm_sleep,
-        vllm_gpu_memory_utilization=args.vllm_share,
+        vllm_enable_sleep_mode=args.vllm_enable_sleep_mode,
+        vllm_gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         vllm_max_model_length=args.prompt_tokens + args.completion_tokens + 256,
         gradient_checkpointing=args.checkpointing,
         user_template="{history}",
@@ -294,7 +298,9 @@ def measure(args: StepArguments, policy: PolicyArguments) -> dict[str, Any]:
         engine = "hot-loaded" if args.vllm_lora_sync else "merged weights"
         result = {
             "shape": args.shape,
-            "generation": f"vllm, {engine}{', sleeps' * args.vllm_sleep}" if args.use_vllm else "transformers",
+            "generation": (
+                f"vllm, {engine}{', sleeps' * args.vllm_enable_sleep_mode}" if args.use_vllm else "transformers"
+            ),
             "adapter": "none" if not policy.use_peft else "qlora" if policy.load_in_4bit else "lora",
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "attention": trainer.model.config._attn_implementation,

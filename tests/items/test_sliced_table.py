@@ -46,6 +46,8 @@ def compare(process: int, port: int) -> None:
     for table in (whole, sliced):
         table.put([0, 11], torch.full((2, SIZE), 2.0))
     assert torch.equal(sliced.take(range(ITEMS)), whole.rows)
+    gathered = sliced.whole()
+    assert (gathered is None) == (process > 0) and (gathered is None or torch.equal(gathered.rows, whole.rows))
 
     count = (5, 1, 8)[process]  # each process has its own users, and as many as it likes
     states, targets = tied_vectors(count, 10 + process), torch.arange(count) * 2 + process
