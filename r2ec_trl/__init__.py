@@ -6,25 +6,29 @@ Names are imported when first used, so that `import r2ec_trl` stays quick and da
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from r2ec_trl.moved import install as _install_moved_names
+
 if TYPE_CHECKING:
     from r2ec_trl.data.schema import load_dataset_folder
     from r2ec_trl.errors import UserError
     from r2ec_trl.items.table import ItemTable
-    from r2ec_trl.recommender import Recommender
-    from r2ec_trl.recpo_config import RecPOConfig
-    from r2ec_trl.recpo_trainer import RecPOTrainer
+    from r2ec_trl.serving.recommender import Recommender
+    from r2ec_trl.training.recpo_config import RecPOConfig
+    from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["ItemTable", "RecPOConfig", "RecPOTrainer", "Recommender", "UserError", "load_dataset_folder"]
 
 _HOMES = {
     "ItemTable": "items.table",
-    "RecPOConfig": "recpo_config",
-    "RecPOTrainer": "recpo_trainer",
-    "Recommender": "recommender",
+    "RecPOConfig": "training.recpo_config",
+    "RecPOTrainer": "training.recpo_trainer",
+    "Recommender": "serving.recommender",
     "UserError": "errors",
     "load_dataset_folder": "data.schema",
 }
+
+_install_moved_names()
 
 
 def __getattr__(name: str) -> Any:

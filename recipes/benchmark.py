@@ -20,7 +20,7 @@ import benchmarks
 from benchmarks.timing import header
 from rich.console import Console
 
-from r2ec_trl.cli import did_you_mean, run
+from r2ec_trl.cli.parsing import did_you_mean, run
 from r2ec_trl.errors import UserError
 
 _SHARED = ("timing",)

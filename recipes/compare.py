@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from r2ec_trl.cli import parse, run
-from r2ec_trl.console import comparison_table
+from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.tables import comparison_table
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation_report import compare_frames, differences, read_ranks
+from r2ec_trl.evaluation.report import compare_frames, differences, read_ranks
 from r2ec_trl.metrics import CUTOFFS
 
 

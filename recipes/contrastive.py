@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from r2ec_trl.callbacks import HealthCallback, LearningCurveCallback
-from r2ec_trl.cli import parse, run
-from r2ec_trl.contrastive_trainer import ContrastiveConfig, ContrastiveTrainer
-from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy, peft_config
-from r2ec_trl.run_report import finish_run, first_rows, start_logging
+from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
+from r2ec_trl.cli.learning_curve import LearningCurveCallback
+from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.run_end import finish_run, first_rows, start_logging
+from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
+from r2ec_trl.training.contrastive_trainer import ContrastiveConfig, ContrastiveTrainer
+from r2ec_trl.training.health import HealthCallback
 
 
 @dataclass

@@ -22,16 +22,16 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from r2ec_trl.bundle import Bundle
-from r2ec_trl.cli import parse, run
-from r2ec_trl.distributed import gather_rows, own_rows
+from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of, load_bundle, make_bundle
+from r2ec_trl.cli.dataset_choice import load_dataset
+from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.run_end import first_rows, write_evaluation
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation import REASONING_MODES, alter_reasoning
-from r2ec_trl.loading import PolicyArguments, load_dataset
-from r2ec_trl.recipe_bundle import BundleArguments, engine_of, load_bundle, make_bundle
-from r2ec_trl.rollouts import MarkerReader, Rollout, generate_reasoning
-from r2ec_trl.run_report import first_rows, write_evaluation
-from r2ec_trl.vllm_engine import generate_reasoning_vllm
+from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows
+from r2ec_trl.policy.loading import PolicyArguments
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout, generate_reasoning
+from r2ec_trl.vllm.engine import generate_reasoning_vllm
 
 
 @dataclass

@@ -27,11 +27,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from r2ec_trl.answer_state import pad_right, select_answer_state
-from r2ec_trl.cli import parse, run
+from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.data.demo import BRANDS, DEMO_PROMPTS, FAMILIES, STAGES, demo_items, demo_users, write_reasoning
 from r2ec_trl.errors import UserError
-from r2ec_trl.prompts import Prompts
+from r2ec_trl.policy.answer_state import pad_right, select_answer_state
+from r2ec_trl.policy.prompts import Prompts
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from r2ec_trl.cli import parse, run
+from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.data import (
     Filters,
     ItemFilter,
@@ -55,10 +55,10 @@ from r2ec_trl.data import (
     prompt_lengths,
     save_dataset_folder,
 )
-from r2ec_trl.data.amazon import DOWNLOADS
 from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.data.events import parse_date
 from r2ec_trl.data.schema import ITEMS, refuse_to_overwrite
+from r2ec_trl.data.sources.amazon import DOWNLOADS
 from r2ec_trl.data.tables import audit_tables
 from r2ec_trl.data.text import item_text
 from r2ec_trl.errors import UserError

@@ -23,11 +23,12 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from r2ec_trl.cli import parse, run
+from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of, load_bundle, make_bundle
+from r2ec_trl.cli.dataset_choice import load_dataset
+from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.errors import UserError
-from r2ec_trl.loading import PolicyArguments, load_dataset
-from r2ec_trl.recipe_bundle import BundleArguments, engine_of, load_bundle, make_bundle
-from r2ec_trl.recommender import Recommendation, Recommender
+from r2ec_trl.policy.loading import PolicyArguments
+from r2ec_trl.serving.recommender import Recommendation, Recommender
 
 
 @dataclass

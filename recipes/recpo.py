@@ -20,13 +20,16 @@ from pathlib import Path
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
-from r2ec_trl.callbacks import HealthCallback, LearningCurveCallback, RecPOProgressCallback
-from r2ec_trl.cli import parse, run
-from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy, peft_config
-from r2ec_trl.plan_report import make_plan
-from r2ec_trl.recpo_config import RecPOConfig
-from r2ec_trl.recpo_trainer import RecPOTrainer
-from r2ec_trl.run_report import finish_run, first_rows, start_logging
+from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
+from r2ec_trl.cli.learning_curve import LearningCurveCallback
+from r2ec_trl.cli.live import RecPOProgressCallback
+from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.plan import make_plan
+from r2ec_trl.cli.run_end import finish_run, first_rows, start_logging
+from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
+from r2ec_trl.training.health import HealthCallback
+from r2ec_trl.training.recpo_config import RecPOConfig
+from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 

@@ -195,8 +195,8 @@ def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
     """
     from peft import LoraConfig
 
-    from r2ec_trl.recpo_config import RecPOConfig
-    from r2ec_trl.recpo_trainer import RecPOTrainer
+    from r2ec_trl.training.recpo_config import RecPOConfig
+    from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
     def build(
         family="llama", model=None, peft=True, reward=None, train=None, validation=None, callbacks=None, **settings
@@ -251,10 +251,10 @@ def make_bundle_folder(tiny_model_folder, chat_tokenizer, shop, tmp_path_factory
     """`make_bundle_folder(seed=0, adapter=True, items=None, **prompt_fields)` writes a bundle of a tiny policy."""
     from peft import LoraConfig, get_peft_model
 
-    from r2ec_trl.answer_state import add_answer_state
-    from r2ec_trl.bundle import save_bundle
-    from r2ec_trl.evaluation import make_encoder, make_table
-    from r2ec_trl.prompts import PromptConfig, Prompts
+    from r2ec_trl.bundle.bundle import save_bundle
+    from r2ec_trl.items.encoding import make_encoder, make_table
+    from r2ec_trl.policy.answer_state import add_answer_state
+    from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
     def make(seed=0, adapter=True, items=None, **prompt_fields):
         base = tiny_model_folder("llama")

@@ -21,11 +21,11 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from r2ec_trl.contrastive_trainer import ContrastiveConfig, ContrastiveTrainer
 from r2ec_trl.data.schema import load_dataset_folder
-from r2ec_trl.loading import PolicyArguments, load_policy
-from r2ec_trl.recpo_config import RecPOConfig
-from r2ec_trl.recpo_trainer import RecPOTrainer
+from r2ec_trl.policy.loading import PolicyArguments, load_policy
+from r2ec_trl.training.contrastive_trainer import ContrastiveConfig, ContrastiveTrainer
+from r2ec_trl.training.recpo_config import RecPOConfig
+from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
 
 def scripted_rollout(reader, eos_token_id, vocab_size, prompt_ids, number):

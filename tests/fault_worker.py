@@ -17,8 +17,8 @@ import torch
 from distributed_worker import build_trainer
 from transformers import TrainerCallback
 
-from r2ec_trl.cli import run
-from r2ec_trl.recpo_trainer import RecPOTrainer
+from r2ec_trl.cli.parsing import run
+from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
 STEP = 2  # of which two were taken
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import polars as pl
 
-from r2ec_trl.checkpoints import checkpoints, is_whole
+from r2ec_trl.training.checkpoints import checkpoints, is_whole
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVE_STEPS = 20, 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from r2ec_trl.evaluation_report import protocol, report, write_report
+from r2ec_trl.evaluation.report import protocol, report, write_report
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare.py"
 

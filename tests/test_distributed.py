@@ -20,13 +20,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from r2ec_trl.bundle import Bundle
-from r2ec_trl.checkpoints import is_whole
-from r2ec_trl.contrastive_trainer import ContrastiveConfig
+from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.data.schema import load_dataset_folder
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation_report import read_ranks
-from r2ec_trl.loading import PolicyArguments, load_policy
+from r2ec_trl.evaluation.report import read_ranks
+from r2ec_trl.policy.loading import PolicyArguments, load_policy
+from r2ec_trl.training.checkpoints import is_whole
+from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
 
 pytestmark = pytest.mark.distributed
 
@@ -279,13 +279,13 @@ def test_two_processes_resume_to_the_same_numbers(run_cases, tmp_path, engine, w
     ],
 )
 def test_zero3_refuses_what_deepspeed_cannot_do(monkeypatch, make_trainer, settings, words):
-    monkeypatch.setattr("r2ec_trl.distributed.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("r2ec_trl.items.encoding.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match=words):
         make_trainer(**settings)
 
 
 def test_zero3_refuses_a_quantised_base(monkeypatch, tiny_model_folder):
-    monkeypatch.setattr("r2ec_trl.loading.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("r2ec_trl.policy.loading.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match="zero2.yaml"):
         load_policy(PolicyArguments(model_name_or_path=str(tiny_model_folder("llama")), load_in_4bit=True))
 

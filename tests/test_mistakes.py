@@ -14,10 +14,10 @@ from datasets import Dataset
 from oracle import advantages_of, distance, goes_red, record, row_of
 from transformers import LogitsProcessorList
 
-import r2ec_trl.recpo_trainer as recpo_trainer
+import r2ec_trl.training.recpo_trainer as recpo_trainer
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.rollouts import MarkerReader
+from r2ec_trl.policy.rollouts import MarkerReader
 
 SIZE = 4
 

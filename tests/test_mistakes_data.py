@@ -11,12 +11,12 @@ from datasets import Dataset
 from oracle import goes_red
 
 import r2ec_trl.items.scoring as scoring
-from r2ec_trl.cli import RecipeParser, parse
+from r2ec_trl.cli.parsing import RecipeParser, parse
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.loading import PolicyArguments
-from r2ec_trl.prompts import PromptConfig, Prompts
-from r2ec_trl.recpo_config import RecPOConfig
+from r2ec_trl.policy.loading import PolicyArguments
+from r2ec_trl.policy.prompts import PromptConfig, Prompts
+from r2ec_trl.training.recpo_config import RecPOConfig
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from r2ec_trl.evaluation_report import read_ranks
+from r2ec_trl.evaluation.report import read_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
-from ..errors import UserError
-from .fingerprint import sha256_of
-from .schema import ITEMS, SPLITS, arrow_batches, load_dataset_card, load_dataset_folder
-from .stable_hash import mix
+from r2ec_trl.data.fingerprint import sha256_of
+from r2ec_trl.data.schema import ITEMS, SPLITS, arrow_batches, load_dataset_card, load_dataset_folder
+from r2ec_trl.data.stable_hash import mix
+from r2ec_trl.errors import UserError
 
 LENGTH_BUCKETS = (1, 2, 3, 5, 10, 20, 50, 100)
 # A breach of one of these is leakage: the split cannot be trusted.
@@ -146,7 +146,7 @@ def prompt_lengths(dataset: DatasetDict, tokenizer_path: str, category: str, row
     """
     from transformers import AutoTokenizer
 
-    from ..prompts import PromptConfig, Prompts
+    from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)

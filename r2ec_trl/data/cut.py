@@ -8,9 +8,9 @@ from collections import Counter
 import polars as pl
 from datasets import DatasetDict
 
-from ..errors import UserError
-from .arrow import to_dataset
-from .schema import ITEMS, SPLITS
+from r2ec_trl.data.arrow import to_dataset
+from r2ec_trl.data.schema import ITEMS, SPLITS
+from r2ec_trl.errors import UserError
 
 _OUTSIDE = "cut: row whose target is outside the cut"
 _THIN = "cut: row that lost more than half of its history"

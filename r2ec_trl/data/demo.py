@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.prompts import PromptConfig
+from r2ec_trl.policy.prompts import PromptConfig
 
 FAMILIES = ("guitar", "banjo", "ukulele", "mandolin", "violin", "cello")
 STAGES = ("strings", "tuner", "strap", "stand", "case")  # the order in which every project buys

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import polars as pl
 
-from ..errors import UserError
-from .source import Source
-from .stable_hash import mix, text_hashes
+from r2ec_trl.data.sources.source import Source
+from r2ec_trl.data.stable_hash import mix, text_hashes
+from r2ec_trl.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from typing import Any
 import polars as pl
 from datasets import DatasetDict
 
-from ..errors import UserError
-from .arrow import to_dataset
-from .catalogue import ItemFilter, filter_items
-from .events import Events, drop_repeats, k_core, pairs, sort_events, time_window
-from .rows import write_rows
-from .schema import ITEMS
-from .source import Source
-from .splits import SplitRule, split_targets
-from .text import item_text
+from r2ec_trl.data.arrow import to_dataset
+from r2ec_trl.data.events import Events, drop_repeats, k_core, pairs, sort_events, time_window
+from r2ec_trl.data.item_filter import ItemFilter, filter_items
+from r2ec_trl.data.rows import write_rows
+from r2ec_trl.data.schema import ITEMS
+from r2ec_trl.data.sources.source import Source
+from r2ec_trl.data.splits import SplitRule, split_targets
+from r2ec_trl.data.text import item_text
+from r2ec_trl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def prepare(
     Bring a raw source to the shape of a dataset folder.
 
     Args:
-        source ([`~r2ec_trl.data.source.Source`]):
+        source ([`~r2ec_trl.data.sources.source.Source`]):
             Interactions and items.
         rule ([`~r2ec_trl.data.splits.SplitRule`]):
             Split rule and history window.
@@ -103,7 +103,7 @@ def prepare(
             Existing folder for the memory-mapped rows; must outlive the result.
         filters ([`Filters`], *optional*):
             What is filtered out of the interactions.
-        item_filter ([`~r2ec_trl.data.catalogue.ItemFilter`], *optional*):
+        item_filter ([`~r2ec_trl.data.item_filter.ItemFilter`], *optional*):
             What is filtered out of the items.
         item_fields (`Sequence[str]`, *optional*):
             Item columns to keep besides the title; the source's choice by default.

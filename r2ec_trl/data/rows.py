@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .events import Events
-from .schema import BLOCK_ROWS
-from .splits import Targets, first_of_user
+from r2ec_trl.data.events import Events
+from r2ec_trl.data.schema import BLOCK_ROWS
+from r2ec_trl.data.splits import Targets, first_of_user
 
 
 def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int) -> Dataset:

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
-from ..errors import UserError
-from .fingerprint import sha256_of
-from .readers import listing
+from r2ec_trl.data.fingerprint import sha256_of
+from r2ec_trl.data.sources.jsonl import listing
+from r2ec_trl.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 ITEMS = "items"

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
-from .events import Events
-from .schema import SPLITS
-from .source import SPLIT_CODES
+from r2ec_trl.data.events import Events
+from r2ec_trl.data.schema import SPLITS
+from r2ec_trl.data.sources.source import SPLIT_CODES
+from r2ec_trl.errors import UserError
 
 RULES = ("leave_one_out", "time_ratio", "time_cut", "given")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from .audit import LEAKS
-from .schema import ITEMS, SPLITS
+from r2ec_trl.data.audit import LEAKS
+from r2ec_trl.data.schema import ITEMS, SPLITS
 
 _ROWS = {
     "rows": "rows",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from ..errors import UserError
-from .readers import listing
+from r2ec_trl.data.sources.jsonl import listing
+from r2ec_trl.errors import UserError
 
 logger = logging.getLogger(__name__)
 

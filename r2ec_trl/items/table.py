@@ -116,7 +116,8 @@ class ItemTable:
 
         Args:
             encoder (`Callable`):
-                Token sequences → states `(n, d)`, such as a partial of [`~r2ec_trl.answer_state.encode_states`].
+                Token sequences → states `(n, d)`, such as a partial of
+                [`~r2ec_trl.policy.answer_state.encode_states`].
             indices (`Sequence[int]`, *optional*):
                 Rows to encode; all of them by default, and always the first time.
         """

@@ -22,7 +22,7 @@ import pandas as pd
 from benchmarks.timing import interleaved
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from r2ec_trl.cli import parse
+from r2ec_trl.cli.parsing import parse
 from r2ec_trl.data import Filters, SplitRule, import_amazon, load_dataset_folder, prepare, save_dataset_folder
 from r2ec_trl.data.generate import CATEGORY, generate_amazon
 from r2ec_trl.errors import UserError

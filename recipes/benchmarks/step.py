@@ -7,8 +7,8 @@ Time and memory of whole RecPO steps on a randomly initialised model of a real o
     python recipes/benchmark.py --case step --shape toy --use_cpu --users 2 --completion_tokens 16 --num_items 20
 
 The last line is one JSON object: seconds of each step by part, tokens, peak memory by phase, and what
-[`~r2ec_trl.plan.memory_plan`] predicts beside it. Hardware: one GPU of 24 GB or more for the large shapes; the toy
-runs on a CPU, where memory is not measured.
+[`~r2ec_trl.cli.memory.memory_plan`] predicts beside it. Hardware: one GPU of 24 GB or more for the large shapes; the
+toy runs on a CPU, where memory is not measured.
 
 Measured on an H100 (24 rollouts a step, P = 500, R = 512, transformers' own generation, second step): qwen2.5-3b LoRA
 52.0 s and 8.20 GiB (plan 8.15), QLoRA 49.5 s and 3.80 GiB (plan 3.92); gemma-2-2b with eager attention LoRA 44.8 s and
@@ -32,12 +32,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from r2ec_trl.cli import parse
+from r2ec_trl.cli.memory import GIB, Precision, Workload, memory_plan, model_shape
+from r2ec_trl.cli.parsing import parse
 from r2ec_trl.errors import UserError
-from r2ec_trl.loading import PolicyArguments, load_policy, peft_config
-from r2ec_trl.plan import GIB, Precision, Workload, memory_plan, model_shape
-from r2ec_trl.recpo_config import RecPOConfig
-from r2ec_trl.recpo_trainer import RecPOTrainer
+from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
+from r2ec_trl.training.recpo_config import RecPOConfig
+from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": {

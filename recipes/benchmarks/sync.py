@@ -16,14 +16,15 @@ from accelerate.utils import set_seed
 from benchmarks.timing import interleaved
 from peft import get_peft_model
 
-from r2ec_trl.cli import parse
+from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
+from r2ec_trl.cli.parsing import parse
 from r2ec_trl.errors import UserError
-from r2ec_trl.loading import DataArguments, PolicyArguments, load_dataset, load_policy, peft_config
-from r2ec_trl.prompts import Prompts
-from r2ec_trl.recpo_config import RecommendationArguments
-from r2ec_trl.rollouts import MarkerReader, Rollout, generate_reasoning
-from r2ec_trl.vllm_engine import generate_reasoning_vllm, load_engine
-from r2ec_trl.vllm_sync import AdapterSync, MergedSync
+from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
+from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout, generate_reasoning
+from r2ec_trl.policy.settings import RecommendationArguments
+from r2ec_trl.vllm.engine import generate_reasoning_vllm, load_engine
+from r2ec_trl.vllm.sync import AdapterSync, MergedSync
 
 LOGPROB_NOISE = 0.1  # mean difference a token, bfloat16 engine against the policy; the base is further away
 

@@ -11,7 +11,6 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r2ec_trl.answer_state import add_answer_state, encode_states
 from r2ec_trl.data.demo import (
     BRANDS,
     COLOURS,
@@ -30,10 +29,12 @@ from r2ec_trl.data.demo import (
 )
 from r2ec_trl.data.schema import load_dataset_card, load_dataset_folder, save_dataset_folder
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation import evaluate_users, make_encoder, make_table
+from r2ec_trl.evaluation.users import evaluate_users
+from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.items.scoring import normalise
 from r2ec_trl.metrics import ndcg_at_k
-from r2ec_trl.prompts import PromptConfig, Prompts
+from r2ec_trl.policy.answer_state import add_answer_state, encode_states
+from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from r2ec_trl.data.download import download
+from r2ec_trl.data.sources.download import download
 from r2ec_trl.errors import UserError
 
 CONTENT = bytes(range(256)) * 40

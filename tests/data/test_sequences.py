@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from r2ec_trl.data import cut_dataset, import_sequences, validate_dataset
-from r2ec_trl.data.readers import ROW, UNREADABLE, read_jsonl
+from r2ec_trl.data.sources.jsonl import ROW, UNREADABLE, read_jsonl
 from r2ec_trl.errors import UserError
 
 ITEM_LINES = [

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from r2ec_trl.data import import_amazon, import_movielens, import_recbole, import_table
-from r2ec_trl.data.catalogue import price
+from r2ec_trl.data.item_filter import price
 from r2ec_trl.errors import UserError
 
 AMAZON = [
@@ -180,7 +180,7 @@ def test_amazon_from_the_hub_without_a_network(monkeypatch, tmp_path):
 
 
 def test_amazon_by_url(tmp_path, monkeypatch):
-    import r2ec_trl.data.amazon as amazon
+    import r2ec_trl.data.sources.amazon as amazon
 
     files = {"benchmark/0core/rating_only/Toys.csv": ratings_csv(AMAZON)}
     files["raw/meta_categories/meta_Toys.jsonl"] = lines(META)
@@ -428,7 +428,7 @@ def test_parquet_that_is_none(tmp_path):
 
 
 def test_bad_rows_are_found_beyond_the_first_block(tmp_path, monkeypatch):
-    import r2ec_trl.data.delimited as delimited
+    import r2ec_trl.data.sources.delimited as delimited
 
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 50)
     path = tmp_path / "t.csv"

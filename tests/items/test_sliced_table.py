@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing
 from accelerate import Accelerator
 
-from r2ec_trl.distributed import share_encoding
+from r2ec_trl.items.encoding import share_encoding
 from r2ec_trl.items.scoring import exclusion_matrix, target_rank_and_logprob, top_k
 from r2ec_trl.items.sliced_table import SlicedTable
 from r2ec_trl.items.table import ItemTable

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from r2ec_trl.answer_state import add_answer_state
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation import make_encoder, make_table
+from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.prompts import PromptConfig, Prompts
+from r2ec_trl.policy.answer_state import add_answer_state
+from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
 
 def counting_encoder(version: float):

@@ -1,0 +1,90 @@
+"""The recommender that a recipe works on: a bundle, or a model or adapter with a dataset folder's catalogue."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from datasets import DatasetDict
+
+from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.cli.dataset_choice import DataArguments
+from r2ec_trl.errors import UserError
+from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
+from r2ec_trl.policy.loading import PolicyArguments, load_policy
+from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.settings import RecommendationArguments
+from r2ec_trl.vllm.engine import load_engine
+
+
+@dataclass
+class BundleArguments(DataArguments, RecommendationArguments):
+    """Which recommender, and what writes its reasonings."""
+
+    bundle: str | None = field(
+        default=None, metadata={"help": "Bundle folder or hub id; it decides model, prompts and catalogue."}
+    )
+    max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning in tokens."})
+    bf16: bool = field(default=False, metadata={"help": "Run forwards in bfloat16 (the scores stay float32)."})
+    engine: str = field(
+        default="transformers",
+        metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
+    )
+    device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
+
+
+def load_bundle(args: BundleArguments, policy_args: PolicyArguments) -> Bundle:
+    """The bundle that is named; [`UserError`] for flags that a bundle decides."""
+    mine = {one.name for one in dataclasses.fields(RecommendationArguments)} - {"max_eval_users"}
+    theirs = {one.name for one in dataclasses.fields(PolicyArguments)} - {"model_name_or_path"}
+    given = _changed(args, BundleArguments(), mine | {"max_completion_length", "bf16"})
+    given += _changed(policy_args, PolicyArguments(), theirs)
+    if given:
+        raise UserError(f"--{given[0]} is decided by the bundle; leave it out.")
+    return Bundle.load(
+        args.bundle or "", policy_args.model_name_or_path, _device(args), trust_remote_code=args.trust_remote_code
+    )
+
+
+def make_bundle(
+    args: BundleArguments, policy_args: PolicyArguments, dataset: DatasetDict, card: Mapping[str, Any]
+) -> Bundle:
+    """A bundle in memory: the catalogue encoded by the model or adapter that is named, by all processes together."""
+    args.category = args.category or card["category"]
+    model, tokenizer = load_policy(policy_args, trust_remote_code=args.trust_remote_code)
+    if not (policy_args.load_in_4bit or policy_args.load_in_8bit):
+        model.to(_device(args))
+    prompts = Prompts(tokenizer, args.prompt_config(), dataset["items"])
+    table = make_table(prompts, dataset["items"], args.similarity, model.device)
+    protocol = {
+        "reasoning": "full",
+        "max_new_tokens": args.max_completion_length,
+        "item_temperature": args.item_temperature,
+        "token_budget": args.forward_token_budget,
+        "mixed_precision": "bf16" if args.bf16 else "no",
+    }
+    bundle = Bundle(model.eval(), prompts, table, dataset["items"], protocol=protocol, dataset_card=card)
+    encoder = make_encoder(model, prompts, args.forward_token_budget)
+    with torch.no_grad(), bundle.precision():
+        table.refresh(share_encoding(encoder, Accelerator(), table))
+    return bundle
+
+
+def engine_of(args: BundleArguments, bundle: Bundle) -> Any:
+    """The vLLM engine that writes the bundle's reasonings; `None` where transformers does."""
+    if args.engine == "transformers":
+        return None
+    with bundle.precision():
+        length = bundle.prompts.config.max_prompt_length + bundle.meta["protocol"]["max_new_tokens"]
+        return load_engine(bundle.model, length, trust_remote_code=args.trust_remote_code)
+
+
+def _changed(args: Any, defaults: Any, names: Iterable[str]) -> list[str]:
+    return [name for name in sorted(names) if getattr(args, name) != getattr(defaults, name)]
+
+
+def _device(args: BundleArguments) -> str:
+    return args.device or str(PartialState().device)

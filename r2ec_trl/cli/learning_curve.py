@@ -1,0 +1,82 @@
+"""The learning curve of a run on disk: a picture and the log, written whole at each evaluation."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from transformers import TrainerCallback
+
+from r2ec_trl.training.health import VALIDATION_NDCG, finite_number
+
+
+class LearningCurveCallback(TrainerCallback):
+    """
+    Writes `learning_curve.png` and `log_history.json` to the output folder at each evaluation and at the end:
+    validation NDCG@10, reward, share of missing markers, tokens a rollout. A file is written beside, then renamed.
+    """
+
+    PANELS = {
+        VALIDATION_NDCG: "validation NDCG@10",
+        "reward": "training reward",
+        "rollout/missing_marker": "share of missing markers",
+        "completions/mean_length": "tokens a rollout",
+    }
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self._write(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._write(args, state)
+
+    def _write(self, args, state) -> None:
+        if not state.is_world_process_zero or not state.log_history:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        history = [{key: None if value != value else value for key, value in row.items()} for row in state.log_history]
+        text = json.dumps(history, indent=1, default=float) + "\n"
+        _write_whole(folder / "log_history.json", lambda path: path.write_text(text, encoding="utf-8"))
+        figure = self.draw(history)
+        _write_whole(folder / "learning_curve.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+    def draw(self, history: list[dict[str, Any]]) -> Figure:
+        """
+        The figure of a `log_history`.
+
+        Args:
+            history (`list[dict]`):
+                `state.log_history`, or the content of `log_history.json`.
+
+        Returns:
+            `matplotlib.figure.Figure`: One panel a series; a series that was never logged says so.
+        """
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        for axes, (name, title) in zip(figure.subplots(2, 2).flat, self.PANELS.items()):
+            points = [
+                (row["step"], number)
+                for row in history
+                if "step" in row and (number := finite_number(row.get(name))) is not None
+            ]
+            axes.set_title(title)
+            axes.set_xlabel("optimizer step")
+            axes.grid(alpha=0.3)
+            if not points:
+                axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
+                continue
+            steps, values = zip(*points)
+            axes.plot(steps, values, marker="o" if name == VALIDATION_NDCG else None, markersize=4)
+            if name == "rollout/missing_marker":
+                axes.set_ylim(-0.02, 1.02)
+        return figure
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,257 @@
+"""How a run ends: the test split once, baselines beside it, everything written, the tables printed."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from datasets import Dataset, DatasetDict
+from rich.console import Console, Group
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.panel import Panel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from r2ec_trl.bundle.bundle import Bundle, save_bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments
+from r2ec_trl.cli.tables import cold_table, report_table, run_table
+from r2ec_trl.data.demo import oracle_ranks, right_reasoning
+from r2ec_trl.evaluation.baselines import item_to_item, popularity
+from r2ec_trl.evaluation.report import cold_report, compare_frames, protocol, report, write_report
+from r2ec_trl.evaluation.users import cold_targets, gather_rows
+from r2ec_trl.items.sliced_table import SlicedTable
+from r2ec_trl.policy.settings import RecommendationArguments
+from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
+
+logger = logging.getLogger(__name__)
+
+NUM_EXAMPLES = 2  # users whose reasoning is shown before and after
+
+
+def start_logging(args: Any) -> None:
+    """Warnings through rich, on the main process only."""
+    level = logging.WARNING if args.process_index == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+
+
+def first_rows(dataset: Dataset, count: int | None) -> Dataset:
+    """The first `count` rows, or all."""
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def baseline_ranks(dataset: DatasetDict, test: Dataset, synthetic: bool) -> dict[str, tuple[Any, Any]]:
+    """Ranks (unmasked, masked) of popularity, item-to-item counts and, in the generated shop, the generator itself."""
+    item_ids = dataset["items"]["item_id"][:]
+    ranks: dict[str, tuple[Any, Any]] = {
+        "popularity": popularity(dataset["train"], item_ids).ranks(test),
+        "item_to_item": item_to_item(dataset["train"], item_ids).ranks(test),
+    }
+    if synthetic and "true_stage" in test.column_names:
+        oracle = oracle_ranks(test)
+        repeats = np.array([row["target"] in row["history"] for row in test])
+        ranks["oracle"] = (oracle, np.where(repeats, len(item_ids) + 1, oracle))
+    return ranks
+
+
+def settings_of(args: RecommendationArguments, reasoning: str, **more: Any) -> dict[str, Any]:
+    """What of the arguments decides a figure: prompts, scoring, reasoning and what is passed besides."""
+    names = [field.name for field in dataclasses.fields(RecommendationArguments)]
+    return {**{name: getattr(args, name) for name in names}, "reasoning": reasoning, **more}
+
+
+def reasoning_shares(frame: pl.DataFrame, test: Dataset) -> dict[str, float]:
+    """Share of marker-ended reasonings and, in the generated shop, of those that name the right family and stage."""
+    shares = {"has_marker": float(frame["has_marker"].cast(pl.Float64).to_numpy().mean())}
+    if "true_stage" in test.column_names:
+        judged = [right_reasoning(text, row) for text, row in zip(frame["reasoning"], test, strict=True)]
+        for name in ("family", "stage"):
+            shares[f"right_{name}"] = sum(verdict[name] for verdict in judged) / len(judged)
+    return shares
+
+
+def finish_run(
+    trainer: GreedyEvaluation,
+    dataset: DatasetDict,
+    card: Mapping[str, Any],
+    test: Dataset,
+    before: pl.DataFrame | None,
+) -> None:
+    """
+    Save the trained policy and its bundle, evaluate the bundle on the test rows, write the figures and print them.
+
+    Args:
+        trainer ([`GreedyEvaluation`]):
+            A trainer of ours after `train`, with the best weights loaded.
+        dataset, card:
+            The dataset folder and its card.
+        test ([`~datasets.Dataset`]):
+            The test rows.
+        before (`polars.DataFrame`, *optional*):
+            The same rows evaluated before training.
+    """
+    folder = Path(trainer.args.output_dir)
+    main = trainer.accelerator.is_main_process
+    trainer.model.eval()
+    trainer.save_model(str(folder))
+    with trainer._frozen_policy() as model:
+        trainer._refresh_whole_table(model)
+        table = trainer.table.whole()
+        if main and table is not None:
+            trainer.create_model_card(model_name=folder.name)
+            bundle = save_bundle(
+                folder / "bundle",
+                model,
+                trainer.prompts,
+                table,
+                dataset["items"],
+                protocol=_bundle_protocol(trainer),
+                dataset_card=card,
+                model_card=(folder / "README.md").read_text(encoding="utf-8"),
+            )
+    facts = _facts(trainer, card)
+    result: dict[str, Any] = {"protocol": facts}
+    if main and before is not None:
+        result["before"] = {**report(before, {}, facts), **_extras(before, test)}
+        write_report(folder / "before", result["before"], before)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        after = evaluate_bundle(trainer, folder / "bundle", test)
+    except Exception:
+        logger.error(
+            "%s is whole, its figures are missing: recipes/evaluate.py --bundle gives them.", folder / "bundle"
+        )
+        raise
+    if main:
+        result |= _result(trainer, dataset, card, test, before, after, facts)
+        bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
+        write_report(folder, result, after)
+        _print(Console(), result, dataset, test, before, after)
+
+
+def _bundle_protocol(trainer: GreedyEvaluation) -> dict[str, Any]:
+    args: Any = trainer.args
+    return {
+        "reasoning": trainer.reasoning,
+        "max_new_tokens": getattr(args, "max_completion_length", BundleArguments.max_completion_length),
+        "item_temperature": args.item_temperature,
+        "token_budget": args.forward_token_budget,
+        "mixed_precision": trainer.accelerator.mixed_precision if trainer.accelerator.native_amp else "no",
+    }
+
+
+def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -> pl.DataFrame:
+    """
+    As [`~r2ec_trl.training.greedy_evaluation.GreedyEvaluation.evaluate_frame`], but by the bundle that a run wrote:
+    weights, prompts and item table are read back from disk. Reasonings come from vLLM where the run uses it.
+
+    To make room, the trained model is left in main memory, unless it is quantised or DeepSpeed's.
+    """
+    users, rollouts = trainer._own_users(dataset, trainer.reasoning)
+    if not (getattr(trainer.model, "is_quantized", False) or trainer.is_deepspeed_enabled):
+        trainer.model.to("cpu")
+    unset_hf_deepspeed_config()  # under ZeRO-3 the bundle's weights would be shared out as they are loaded
+    bundle = Bundle.load(
+        folder,
+        device=str(trainer.accelerator.device),
+        table_device="cpu" if isinstance(trainer.table, SlicedTable) else None,
+        trust_remote_code=trainer.args.trust_remote_code,
+    )
+    return gather_rows(bundle.evaluate(users, rollouts=rollouts), len(dataset))
+
+
+def _facts(trainer: GreedyEvaluation, card: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol of a training run."""
+    args: Any = trainer.args
+    settings = settings_of(
+        args,
+        trainer.reasoning,
+        max_completion_length=getattr(args, "max_completion_length", 0),
+        model=trainer.model.config._name_or_path,
+    )
+    return protocol(card, settings, args.seed)
+
+
+def _result(
+    trainer: GreedyEvaluation,
+    dataset: DatasetDict,
+    card: Mapping[str, Any],
+    test: Dataset,
+    before: pl.DataFrame | None,
+    after: pl.DataFrame,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `metrics.json` of a training run holds besides the protocol and `before`."""
+    args: Any = trainer.args
+    baselines = baseline_ranks(dataset, test, card["synthetic"])
+    result: dict[str, Any] = {"after": {**report(after, baselines, facts), **_extras(after, test)}}
+    if before is not None:
+        result["difference"] = compare_frames(before, after)
+    result["training"] = {
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "best_validation": trainer.state.best_metric,
+        "seconds": next((log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None),
+        "arguments": {name: value for name, value in args.to_dict().items() if value is not None},
+    }
+    return result
+
+
+def _extras(frame: pl.DataFrame, test: Dataset) -> dict[str, Any]:
+    return {"reasoning": reasoning_shares(frame, test)}
+
+
+def write_evaluation(
+    folder: str | os.PathLike,
+    frame: pl.DataFrame,
+    dataset: DatasetDict,
+    card: Mapping[str, Any],
+    test: Dataset,
+    settings: Mapping[str, Any],
+    seed: int,
+    split: str,
+) -> None:
+    """Write and print what recipes/evaluate.py measured: one report of one reasoning mode."""
+    facts = protocol(card, settings, seed, split)
+    baselines = baseline_ranks(dataset, test, card["synthetic"])
+    result = {**report(frame, baselines, facts, seed=seed), **_extras(frame, test)}
+    result["cold_targets"] = cold_report(frame, cold_targets(dataset["train"], test), seed=seed)
+    write_report(folder, result, frame)
+    console = Console()
+    console.print(f"[bold]reasoning: {settings['reasoning']}[/bold]", result["reasoning"])
+    console.print(report_table(result))
+    console.print(cold_table(result["cold_targets"]))
+
+
+def _print(
+    console: Console,
+    result: Mapping[str, Any],
+    dataset: DatasetDict,
+    test: Dataset,
+    before: pl.DataFrame | None,
+    after: pl.DataFrame,
+) -> None:
+    titles = dict(zip(dataset["items"]["item_id"], dataset["items"]["title"], strict=True))
+    if before is not None:
+        for row in range(min(NUM_EXAMPLES, len(test))):
+            console.print(_example(test[row], before.row(row, named=True), after.row(row, named=True), titles))
+    console.print(run_table(result))
+    for name in ("before", "after"):
+        if name in result:
+            shares = [f"{key.replace('_', ' ')} {share:.0%}" for key, share in result[name]["reasoning"].items()]
+            console.print(f"{name:6} reasoning: {', '.join(shares)}")
+
+
+def _example(
+    user: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str]
+) -> Panel:
+    """One user's purchases, and the reasoning with its first item and the target's rank, before and after."""
+    lines = [f"[dim]bought[/dim] {escape(' | '.join(titles[item] for item in user['history']))}"]
+    lines.append(f"[dim]next  [/dim] {escape(titles[user['target']])}")
+    for name, row in (("before", before), ("after ", after)):
+        lines.append(f"[bold]{name}[/bold] {escape(' '.join(row['reasoning'].split()))}")
+        lines.append(f"       first: {escape(titles[row['top_item_ids'][0]])}; the target is at rank {row['rank']}")
+    return Panel(Group(*lines), title=escape(str(user["user_id"])), title_align="left")

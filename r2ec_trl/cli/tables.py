@@ -1,0 +1,106 @@
+"""Reports as rich tables: rendering alone, no figure is computed here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from r2ec_trl.evaluation.report import MASKS
+
+_METRIC_NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR"}
+
+
+def report_table(report: Mapping[str, Any]) -> Table:
+    """A table of [`~r2ec_trl.evaluation_report.report`]: a line per metric and mask, a column per system."""
+    table = Table(title=_title(report), caption="95 % bootstrap interval of users in brackets")
+    table.add_column("history")
+    table.add_column("metric")
+    systems = list(report["unmasked"])
+    for system in systems:
+        table.add_column(system.replace("_", " "), justify="right")
+    for mask in MASKS:
+        for number, metric in enumerate(report[mask]["model"]):
+            cells = [_figure(report[mask][system][metric]) for system in systems]
+            table.add_row("" if number else mask, _metric_name(metric), *cells)
+        table.add_section()
+    return table
+
+
+def run_table(result: Mapping[str, Any]) -> Table:
+    """
+    A training run at one glance: a line a system, Hit@10 and NDCG@10, history not masked.
+
+    Args:
+        result (`Mapping[str, Any]`):
+            `after` and perhaps `before` (reports) and `difference` (a comparison), as `metrics.json` holds them.
+    """
+    table = Table(title=_title(result["after"]), caption="95 % bootstrap intervals; all figures: metrics.json")
+    table.add_column("test split", no_wrap=True)
+    columns = [("unmasked", "hit@10"), ("unmasked", "ndcg@10")]
+    for mask, metric in columns:
+        table.add_column(f"{_metric_name(metric)}\n{mask}", justify="right", no_wrap=True)
+    lines = [(name, result["after"], name) for name in result["after"]["unmasked"] if name != "model"]
+    lines += [("before", result["before"], "model")] if "before" in result else []
+    for name, report, system in [*lines, ("after", result["after"], "model")]:
+        table.add_row(name.replace("_", " "), *[_figure(report[mask][system][metric], 3) for mask, metric in columns])
+    if "difference" in result:
+        table.add_section()
+        changes = [_difference(result["difference"][mask][metric], 3) for mask, metric in columns]
+        table.add_row("after - before", *changes)
+    return table
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """A table of [`~r2ec_trl.evaluation.report.compare_frames`]; differences whose interval excludes 0 stand out."""
+    table = Table(title=_title(comparison), caption="bold: the 95 % interval of the paired difference excludes 0")
+    for name in ("history", "metric"):
+        table.add_column(name)
+    for name in ("before", "after", "difference"):
+        table.add_column(name, justify="right")
+    for mask in MASKS:
+        for number, (metric, figure) in enumerate(comparison[mask].items()):
+            table.add_row(
+                "" if number else mask,
+                _metric_name(metric),
+                f"{figure['before']:.4f}",
+                f"{figure['after']:.4f}",
+                _difference(figure),
+            )
+        table.add_section()
+    return table
+
+
+def cold_table(cold: Mapping[str, Any]) -> Table:
+    """A table of [`~r2ec_trl.evaluation.report.cold_report`]: targets never trained on apart from the others."""
+    groups = {"cold": "cold targets", "warm": "the others"}
+    present = [group for group in groups if cold[group]["rows"]]
+    table = Table(title="Cold targets: never a target of training", caption="95 % bootstrap interval in brackets")
+    for name in ("history", "metric"):
+        table.add_column(name)
+    for group in present:
+        table.add_column(f"{groups[group]} ({cold[group]['rows']:,})", justify="right")
+    for mask in MASKS:
+        for number, metric in enumerate(cold[present[0]][mask]):
+            cells = [_figure(cold[group][mask][metric]) for group in present]
+            table.add_row("" if number else mask, _metric_name(metric), *cells)
+        table.add_section()
+    return table
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['rows']:,} rows of {result['users']:,} users"
+
+
+def _metric_name(metric: str) -> str:
+    name, _, cutoff = metric.partition("@")
+    return f"{_METRIC_NAMES.get(name, name)}@{cutoff}"
+
+
+def _figure(figure: Mapping[str, float], digits: int = 4) -> str:
+    return f"{figure['value']:.{digits}f} [dim]\\[{figure['low']:.{digits}f}, {figure['high']:.{digits}f}][/dim]"
+
+
+def _difference(figure: Mapping[str, float], digits: int = 4) -> str:
+    low, high = f"{figure['low']:+.{digits}f}", f"{figure['high']:+.{digits}f}"
+    text = f"{figure['difference']:+.{digits}f} [dim]\\[{low}, {high}][/dim]"
+    return f"[bold]{text}[/bold]" if figure["low"] > 0 or figure["high"] < 0 else text

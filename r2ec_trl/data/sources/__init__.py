@@ -1,0 +1,1 @@
+"""Raw sources: one file a kind, and the readers they share."""

@@ -1,0 +1,98 @@
+"""RecBole's atomic files: tab-separated `.inter` and `.item` whose header says `name:type`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+
+from r2ec_trl.data.sources.delimited import Dialect, column_names, read_table
+from r2ec_trl.data.sources.jsonl import listing
+from r2ec_trl.data.sources.source import SPLIT_CODES, Source, check_interactions
+from r2ec_trl.data.sources.table import import_items
+from r2ec_trl.errors import UserError
+
+_DIALECT = Dialect(separator="\t", quoted=False)
+_TITLES = ("title", "movie_title", "name", "item_name", "track_name", "book_title", "artist_name")
+_PARTS = {"train": "train", "validation": "valid", "test": "test"}
+
+
+def import_recbole(
+    folder: str | os.PathLike[str],
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    rating_column: str | None = "rating",
+    time_column: str = "timestamp",
+    title_column: str | None = None,
+    skip_bad_rows: bool = False,
+) -> Source:
+    """
+    Read a folder of atomic files: `NAME.inter` (or the benchmark's `NAME.train.inter`, `.valid.`, `.test.`) and
+    `NAME.item`.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of exactly one dataset.
+        user_column, item_column, rating_column, time_column (`str`):
+            Field names without their types; a file without `rating` has no ratings.
+        title_column (`str`, *optional*):
+            By default the first of title, movie_title, name, … that there is.
+        skip_bad_rows (`bool`, *optional*, defaults to `False`):
+            Leave bad rows out and count them.
+    """
+    dropped: Counter[str] = Counter()
+    skipped = dropped if skip_bad_rows else None
+    name, parts = _find(Path(folder))
+    wanted = {"user_id": user_column, "item_id": item_column, "timestamp": time_column}
+    if rating_column:
+        wanted["rating"] = rating_column
+    interactions = []
+    for split, path in parts.items():
+        types = _typed_names(path)
+        columns = {key: types.get(column, column) for key, column in wanted.items()}
+        optional = ["rating"] if rating_column == "rating" else []
+        frames = read_table(path, columns, dialect=_DIALECT, optional=optional, skipped=skipped)
+        frame = check_interactions(frames, path, skipped=skipped)
+        if split:
+            frame = frame.with_columns(pl.lit(SPLIT_CODES[split], dtype=pl.Int8).alias("split"))
+        interactions.append(frame)
+    items = _items(Path(folder) / f"{name}.item", item_column, title_column, skipped)
+    return Source(f"recbole: {name}", pl.concat(interactions), items, 1, dropped)
+
+
+def _find(folder: Path) -> tuple[str, dict[str, Path]]:
+    files = sorted(folder.glob("*.inter"))
+    names = {file.name.split(".")[0] for file in files}
+    if len(names) != 1:
+        found = f"files of {', '.join(sorted(names))}" if names else "no .inter file"
+        raise UserError(f"'{folder}' holds {found}: pass a folder of exactly one dataset in RecBole's atomic format.")
+    name = names.pop()
+    parts = {split: folder / f"{name}.{word}.inter" for split, word in _PARTS.items()}
+    if all(path.is_file() for path in parts.values()):
+        return name, parts
+    whole = folder / f"{name}.inter"
+    if not whole.is_file():
+        raise UserError(f"'{folder}' has neither {name}.inter nor all of {name}.train, .valid and .test.inter.")
+    return name, {"": whole}
+
+
+def _typed_names(path: Path) -> dict[str, str]:
+    """From a field's name to its header cell, `name:type`."""
+    return {cell.rsplit(":", 1)[0]: cell for cell in column_names(path, _DIALECT)}
+
+
+def _items(path: Path, item_column: str, title_column: str | None, skipped: Counter[str] | None) -> pl.DataFrame:
+    if not path.is_file():
+        return pl.DataFrame(schema={"item_id": pl.String, "title": pl.String})
+    types = _typed_names(path)
+    title = title_column or next((name for name in _TITLES if name in types), None)
+    if title is None:
+        raise UserError(f"{path} has no title among {listing(types)}: name it with --title_column.")
+    for name in (item_column, title):
+        if name not in types:
+            raise UserError(f"{path} has no column '{name}'; it has {listing(types)}.")
+    items = import_items(path, types[item_column], types[title], dialect=_DIALECT, skipped=skipped)
+    return items.rename({cell: name for name, cell in types.items() if cell in items.columns and name not in items})

@@ -1,0 +1,236 @@
+"""What an evaluation leaves behind: figures with intervals, a rank per row, and the protocol inside both files."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
+
+import r2ec_trl
+from r2ec_trl.errors import UserError
+from r2ec_trl.metrics import CUTOFFS, bootstrap_interval, metric_values, paired_bootstrap
+
+METRICS_FILE = "metrics.json"
+RANKS_FILE = "ranks.parquet"
+MASKS = {"unmasked": "rank", "masked": "rank_masked"}  # name in the report -> column of the frame
+
+# What two results may differ in and still be compared: it is what a comparison is about.
+_FREE = ("seed", "settings", "versions")
+_PROTOCOL_KEY = b"protocol"
+
+
+def protocol(card: Mapping[str, Any], settings: Mapping[str, Any], seed: int, split: str = "test") -> dict[str, Any]:
+    """How the figures came about, to be stored with them.
+
+    Args:
+        card (`Mapping[str, Any]`):
+            Dataset card, with the counts and SHA-256 of each split.
+        settings (`Mapping[str, Any]`):
+            What the evaluation was called with: reasoning, lengths, similarity, temperature, model, adapter ...
+        seed (`int`):
+            Seed of the run.
+        split (`str`, *optional*, defaults to `"test"`):
+            The split that was evaluated.
+    """
+    return {
+        "source": card["source"],
+        "split": split,
+        "split_sha256": card["sha256"][split],
+        "catalogue_items": card["counts"]["items"],
+        "catalogue_sha256": card["sha256"]["items"],
+        "candidates": "the whole catalogue",
+        "ties": "count against the target",
+        "mask": "history items are removed; a target among them is a miss of rank N + 1",
+        "intervals": "95 % percentile bootstrap of users, 10,000 resamples",
+        "seed": seed,
+        "settings": json.loads(json.dumps(dict(settings), default=str)),
+        "versions": {
+            **{package: version(package) for package in ("torch", "transformers", "trl", "peft")},
+            "r2ec_trl": r2ec_trl.__version__,
+        },
+    }
+
+
+def report(
+    frame: pl.DataFrame,
+    baselines: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    protocol: Mapping[str, Any],
+    ks: Sequence[int] = CUTOFFS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every metric of the model and the baselines, history masked and not, each with its 95 % bootstrap interval.
+
+    Args:
+        frame (`polars.DataFrame`):
+            One row per example, with `user_id`, `rank` and `rank_masked`. The rows of a user are resampled together.
+        baselines (`Mapping[str, tuple]`):
+            Name -> (rank, rank_masked), in the order of the frame.
+        protocol (`Mapping[str, Any]`):
+            See [`protocol`].
+        ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
+            Cutoffs.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the bootstrap.
+
+    Returns:
+        `dict`: `protocol`, `rows`, `users`, and under `unmasked` and `masked`: system -> metric -> `value`, `low`,
+        `high`.
+    """
+    users = frame["user_id"].to_numpy()
+    systems = {"model": tuple(frame[column].to_numpy() for column in MASKS.values()), **baselines}
+    result: dict[str, Any] = {"protocol": dict(protocol), "rows": frame.height, "users": frame["user_id"].n_unique()}
+    for position, mask in enumerate(MASKS):
+        result[mask] = {name: _figures(ranks[position], ks, users, seed) for name, ranks in systems.items()}
+    return result
+
+
+def cold_report(frame: pl.DataFrame, cold: ArrayLike, ks: Sequence[int] = CUTOFFS, seed: int = 0) -> dict[str, Any]:
+    """Figures of cold targets (see [`~r2ec_trl.evaluation.users.cold_targets`]) apart from those of the others.
+
+    Args:
+        frame (`polars.DataFrame`):
+            One row per example, as for [`report`].
+        cold (array-like of bool):
+            Whether the row's target is cold.
+
+    Returns:
+        `dict`: under `cold` and `warm`: `rows`, and, unless that is 0, `unmasked` and `masked`: metric -> `value`,
+        `low`, `high`.
+    """
+    mask = pl.Series(np.asarray(cold, dtype=bool))
+    result: dict[str, Any] = {}
+    for name, part in (("cold", frame.filter(mask)), ("warm", frame.filter(~mask))):
+        result[name] = {"rows": part.height}
+        if part.height:
+            users = part["user_id"].to_numpy()
+            for kind, column in MASKS.items():
+                result[name][kind] = _figures(part[column].to_numpy(), ks, users, seed)
+    return result
+
+
+def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any], frame: pl.DataFrame) -> None:
+    """Write `metrics.json` and `ranks.parquet`, each whole or not at all.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Created if it is not there; files of an earlier report are replaced.
+        report (`Mapping[str, Any]`):
+            What goes into `metrics.json`. Its `protocol` goes into the metadata of `ranks.parquet` too.
+        frame (`polars.DataFrame`):
+            One row per example.
+    """
+    table = frame.to_arrow().replace_schema_metadata({_PROTOCOL_KEY: json.dumps(report["protocol"])})
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    folder = Path(folder)
+    temporary = {name: folder / f".{name}.unfinished-{os.getpid()}" for name in (METRICS_FILE, RANKS_FILE)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary[METRICS_FILE].write_text(text, encoding="utf-8")
+            pq.write_table(table, temporary[RANKS_FILE])
+            for name, path in temporary.items():
+                os.replace(path, folder / name)
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The report cannot be written to {folder} ({error.strerror}); choose another folder."
+        ) from error
+
+
+def read_ranks(folder: str | os.PathLike[str]) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """The frame and the protocol of a folder that [`write_report`] wrote."""
+    file = Path(folder) / RANKS_FILE
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {RANKS_FILE}; recipes/evaluate.py writes one.")
+    try:
+        table = pq.read_table(file)
+        found = json.loads((table.schema.metadata or {})[_PROTOCOL_KEY])
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{file} is not a ranks file with its protocol; evaluate again with recipes/evaluate.py."
+        ) from error
+    frame = pl.DataFrame(table)
+    missing = {"user_id", "target", *MASKS.values()} - set(frame.columns)
+    if missing:
+        raise UserError(f"{file} lacks the columns {', '.join(sorted(missing))}; evaluate again.")
+    return frame, found
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two protocols differ in: dotted key -> both values. A [`UserError`] if they cannot be compared.
+
+    They cannot if they differ in anything but seed, settings and versions: split, catalogue, ties, mask.
+    """
+    one, other = _flat(before), _flat(after)
+    found = {key: (one.get(key), other.get(key)) for key in sorted({*one, *other}) if one.get(key) != other.get(key)}
+    for key, values in found.items():
+        if key.split(".")[0] not in _FREE:
+            raise UserError(
+                f"The results cannot be compared: their protocols differ in {key} ({values[0]!r} and {values[1]!r}); "
+                "evaluate both on the same dataset folder and split."
+            )
+    return found
+
+
+def compare_frames(before: pl.DataFrame, after: pl.DataFrame, ks: Sequence[int] = CUTOFFS) -> dict[str, Any]:
+    """Paired differences of two evaluations of the same rows, each with its 95 % bootstrap interval.
+
+    Args:
+        before (`polars.DataFrame`):
+            Frame of the first evaluation.
+        after (`polars.DataFrame`):
+            Frame of the second: same users and targets in the same order.
+        ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
+            Cutoffs.
+
+    Returns:
+        `dict`: `rows`, `users`, and under `unmasked` and `masked`: metric -> `before`, `after`, `difference`, `low`,
+        `high`.
+    """
+    if before.height != after.height or not before.select("user_id", "target").equals(
+        after.select("user_id", "target")
+    ):
+        raise UserError(
+            f"The results cannot be compared: they are not of the same users and targets ({before.height} and "
+            f"{after.height} rows); evaluate both on the same rows."
+        )
+    users = before["user_id"].to_numpy()
+    result: dict[str, Any] = {"rows": before.height, "users": before["user_id"].n_unique()}
+    for mask, column in MASKS.items():
+        old, new = (metric_values(frame[column].to_numpy(), ks) for frame in (before, after))
+        result[mask] = {
+            name: {
+                "before": float(old[name].mean()),
+                "after": float(new[name].mean()),
+                **paired_bootstrap(new[name], old[name], groups=users),
+            }
+            for name in old
+        }
+    return result
+
+
+def _figures(ranks: ArrayLike, ks: Sequence[int], users: np.ndarray, seed: int) -> dict[str, dict[str, float]]:
+    figures = {}
+    for name, values in metric_values(ranks, ks).items():
+        if len(values) != len(users):
+            raise ValueError(f"There are {len(values)} ranks for {len(users)} rows.")
+        low, high = bootstrap_interval(values, seed=seed, groups=users)
+        figures[name] = {"value": float(values.mean()), "low": low, "high": high}
+    return figures
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,179 @@
+"""Greedy reasoning, then the whole catalogue: the one evaluator of every trainer and recipe."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from r2ec_trl.errors import UserError
+from r2ec_trl.items.encoding import make_encoder
+from r2ec_trl.items.scoring import exclusion_matrix
+from r2ec_trl.items.table import ItemTable
+from r2ec_trl.metrics import summarise_ranks
+from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout, generate_reasoning
+
+REASONING_MODES = ("full", "none", "truncated", "other")
+
+
+def alter_reasoning(rollouts: Sequence[Rollout], reader: MarkerReader, reasoning: str, seed: int = 0) -> list[Rollout]:
+    """
+    The rollouts that answer "does the reasoning help?" for one checkpoint.
+
+    Args:
+        rollouts (`Sequence[Rollout]`):
+            Each user's own.
+        reader ([`~r2ec_trl.policy.rollouts.MarkerReader`]):
+            Completes what is cut.
+        reasoning (`str`):
+            `"full"` (as they are), `"none"` (the marker at once), `"truncated"` (the first half) or `"other"` (another
+            user's).
+        seed (`int`, *optional*, defaults to `0`):
+            Draws whose reasoning a user gets under `"other"`.
+    """
+    if reasoning not in REASONING_MODES:
+        raise UserError(f"`reasoning` is {reasoning!r}; give one of {', '.join(REASONING_MODES)}.")
+    if reasoning == "none":
+        return [reader.finish([], end_ids=[])] * len(rollouts)
+    if reasoning == "truncated":
+        halves = [rollout.ids[: (len(rollout.ids) - len(reader.marker_ids)) // 2] for rollout in rollouts]
+        return [reader.finish(half, end_ids=[]) for half in halves]
+    if reasoning == "other":
+        order = list(range(len(rollouts)))
+        random.Random(seed).shuffle(order)
+        other = {order[i]: rollouts[order[i - 1]] for i in range(len(order))}  # one cycle: nobody keeps their own
+        return [other[i] for i in range(len(rollouts))]
+    return list(rollouts)
+
+
+@torch.no_grad()
+def evaluate_users(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    table: ItemTable,
+    dataset: Dataset,
+    max_new_tokens: int,
+    temperature: float,
+    reasoning: str = "full",
+    token_budget: int = 16_384,
+    num_top_items: int = 10,
+    rollouts: Sequence[Rollout] | None = None,
+) -> pl.DataFrame:
+    """
+    Rank every user's target in the whole catalogue, with the history masked and not.
+
+    Args:
+        model, prompts, table:
+            The policy, its prompt maker and the item table encoded with it.
+        dataset ([`~datasets.Dataset`]):
+            Rows of `user_id`, `history`, `target` and what the prompts use.
+        max_new_tokens (`int`):
+            Longest reasoning.
+        temperature (`float`):
+            τ of the log-probability column.
+        reasoning (`str`, *optional*, defaults to `"full"`):
+            See [`alter_reasoning`].
+        num_top_items (`int`, *optional*, defaults to `10`):
+            Length of `top_item_ids` (history not masked).
+        rollouts (`Sequence[Rollout]`, *optional*):
+            Each user's own rollout where it is known already; otherwise greedy ones are generated.
+
+    Returns:
+        `polars.DataFrame`: one row a user, in order: `user_id`, `target`, `rank`, `rank_masked` (1-based, ties against
+        the target; a masked repeat is rank N+1), `logprob`, `reasoning`, `reasoning_tokens`, `has_marker`,
+        `top_item_ids`.
+    """
+    prompt_ids = [prompts.user_ids(example) for example in dataset]
+    reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
+    if rollouts is None and reasoning == "none":
+        rollouts = [reader.finish([], end_ids=[])] * len(prompt_ids)
+    elif rollouts is None:
+        rollouts = generate_reasoning(model, reader, prompt_ids, max_new_tokens, 2 * token_budget)
+    rollouts = alter_reasoning(rollouts, reader, reasoning)
+    sequences = [list(ids) + rollout.ids for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
+    states = table.project(make_encoder(model, prompts, token_budget)(sequences)).to(table.device)
+    histories = [table.row_indices(history) for history in dataset["history"]]
+    excluded = exclusion_matrix(histories, table.device)
+    targets = torch.tensor(table.row_indices(dataset["target"]), device=table.device)
+    scores = table.rank(states, targets, temperature=temperature)
+    masked = table.rank(states, targets, temperature=temperature, excluded=excluded, keep_target=False)
+    _, best = table.best(states, num_top_items)
+    texts = prompts.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
+    return pl.DataFrame(
+        {
+            "user_id": dataset["user_id"][:],
+            "target": dataset["target"][:],
+            "rank": scores.rank.tolist(),
+            "rank_masked": masked.rank.tolist(),
+            "logprob": scores.logprob.tolist(),
+            "reasoning": texts,
+            "reasoning_tokens": [sum(rollout.trained) for rollout in rollouts],
+            "has_marker": [rollout.has_marker for rollout in rollouts],
+            "top_item_ids": [[table.item_ids[row] for row in rows] for rows in best.tolist()],
+        }
+    )
+
+
+def summarise_users(frame: pl.DataFrame) -> dict[str, float]:
+    """
+    Means over users of [`evaluate_users`]' frame: `hit@k`, `ndcg@k`, `mrr@k` for k = 5, 10, 20, the same with the
+    prefix `masked_`, `missing_marker`, `reasoning_tokens`, and `top1_share`, the share of users who get the most
+    frequent first item (near 1 when recommendations have collapsed).
+    """
+    top = frame["top_item_ids"].list.first()
+    return {
+        **summarise_ranks(frame["rank"].to_numpy()),
+        **{f"masked_{name}": value for name, value in summarise_ranks(frame["rank_masked"].to_numpy()).items()},
+        "missing_marker": 1 - float(frame["has_marker"].cast(pl.Float64).sum()) / frame.height,
+        "reasoning_tokens": float(frame["reasoning_tokens"].sum()) / frame.height,
+        "top1_share": int(top.value_counts()["count"].to_numpy().max()) / frame.height,
+    }
+
+
+def cold_targets(train: Dataset, dataset: Dataset) -> np.ndarray:
+    """
+    Whether each row's target is a cold item: one that is never a target in `train`, so that no gradient ever asked for
+    it. Its row is as good as the model's reading of its text.
+
+    Args:
+        train ([`~datasets.Dataset`]):
+            The rows that were trained on.
+        dataset ([`~datasets.Dataset`]):
+            The rows to tell apart.
+
+    Returns:
+        `numpy.ndarray` of shape `(len(dataset),)`, bool.
+    """
+    seen = set(train["target"][:])
+    return np.array([target not in seen for target in dataset["target"][:]], dtype=bool)
+
+
+def own_rows(dataset: Dataset, accelerator: Accelerator) -> Dataset:
+    """This process's share of a dataset's rows, dealt out one by one; row 0 where none is left for it."""
+    rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    return dataset.select(list(rows) or [0])
+
+
+def gather_rows(frame: pl.DataFrame, rows: int) -> pl.DataFrame:
+    """
+    The frames that all processes made of their [`own_rows`], one row each, as one frame in the dataset's order.
+
+    Args:
+        frame (`polars.DataFrame`):
+            This process's.
+        rows (`int`):
+            Rows of the whole dataset.
+    """
+    frames = gather_object([frame])
+    places = [range(rank, rows, len(frames)) for rank in range(len(frames))]
+    placed = [
+        one[: len(place)].with_columns(row=pl.Series(place, dtype=pl.Int64))
+        for one, place in zip(frames, places, strict=True)
+    ]
+    return pl.concat(placed).sort("row").drop("row")

@@ -1,0 +1,1 @@
+"""The language model and what it reads and writes: settings, prompts, answer states, rollouts, adapters, loading."""

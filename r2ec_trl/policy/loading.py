@@ -1,0 +1,152 @@
+"""The policy as every recipe loads it: base model, tokenizer, saved adapter."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_flash_attn_2_available
+from trl import ModelConfig, get_quantization_config
+
+from r2ec_trl.data.demo import DEMO_POLICY
+from r2ec_trl.errors import UserError
+from r2ec_trl.policy.adapters import attach_adapter, read_adapter_config
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"  # as a dataset or model name: the generated shop and the policy that ships with the package
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class PolicyArguments(ModelConfig):
+    """[`~trl.ModelConfig`] with the paper's LoRA as defaults, and a saved adapter to start from."""
+
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of a saved LoRA adapter: trained on, or evaluated."}
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; false trains all weights."})
+    lora_r: int = field(default=4, metadata={"help": "LoRA rank (paper: 4)."})
+    lora_alpha: int = field(default=128, metadata={"help": "LoRA α (reference code: 128)."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: list(PROJECTIONS),
+        metadata={"help": "Modules with an adapter (reference code: all seven projections)."},
+    )
+
+
+def peft_config(args: PolicyArguments) -> LoraConfig | None:
+    """The LoRA configuration to train, `None` for all weights or when an adapter is trained on."""
+    if not args.use_peft or args.adapter is not None:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+
+
+def load_policy(
+    args: PolicyArguments, trainable: bool = False, trust_remote_code: bool = False, tokenizer_path: str | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """
+    Base model with its tokenizer, and the saved adapter on it if one is named.
+
+    Args:
+        args ([`PolicyArguments`]):
+            `model_name_or_path` wins over the base that the adapter records, which may be a private path.
+        trainable (`bool`, *optional*, defaults to `False`):
+            Whether the adapter is trained on.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the model may run.
+        tokenizer_path (`str`, *optional*):
+            Where the tokenizer is, if not beside the base model.
+
+    Raises:
+        [`UserError`]: for a model or adapter that cannot be read, or do not fit each other.
+    """
+    adapter_config = read_adapter_config(args.adapter) if args.adapter is not None else None
+    name = args.model_name_or_path or (adapter_config and adapter_config.base_model_name_or_path)
+    if not name:
+        raise UserError("No model given; add `--model_name_or_path NAME_OR_FOLDER`.")
+    name = str(DEMO_POLICY) if name == DEMO else name
+    quantization = get_quantization_config(args)
+    if quantization is not None and is_deepspeed_zero3_enabled():
+        raise UserError(
+            "ZeRO-3 cannot share out quantised weights; launch with accelerate_configs/zero2.yaml, or leave "
+            "`--load_in_4bit` and `--load_in_8bit` out."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_path or name, revision=args.model_revision, trust_remote_code=trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=args.model_revision,
+            trust_remote_code=trust_remote_code,
+            dtype=args.dtype if args.dtype in ("auto", None) else getattr(torch, args.dtype),
+            attn_implementation=args.attn_implementation,
+            quantization_config=quantization,
+            device_map=(
+                {"": PartialState().local_process_index if torch.cuda.is_available() else "cpu"}
+                if quantization
+                else None
+            ),
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        wants_code = "trust_remote_code" in str(error)
+        if not (wants_code or isinstance(error, (OSError, HFValidationError))):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        reason += " Add `--trust_remote_code` if you trust it." if wants_code else ""
+        hint = (
+            ""
+            if args.model_name_or_path
+            else " (the base recorded in the adapter; name yours with --model_name_or_path)"
+        )
+        raise UserError(f"The model {name!r}{hint} cannot be loaded: {reason}") from error
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        logger.warning("sdpa leaves out this model's attention soft cap: using `attn_implementation` eager instead.")
+        model.set_attn_implementation("eager")
+    if args.adapter is None or adapter_config is None:
+        return model, tokenizer
+    return attach_adapter(model, args.adapter, adapter_config, trainable), tokenizer
+
+
+def quantization_of(model: PreTrainedModel) -> dict[str, Any]:
+    """bitsandbytes' settings by the names of [`PolicyArguments`]; empty for a model loaded as its checkpoint is."""
+    config: Any = getattr(model.config, "quantization_config", None)
+    if getattr(config, "load_in_8bit", False):
+        return {"load_in_8bit": True}
+    if getattr(config, "load_in_4bit", False):
+        nested = config.bnb_4bit_use_double_quant
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+            "use_bnb_nested_quant": nested,
+            "bnb_4bit_quant_storage": dtype_name(config.bnb_4bit_quant_storage),
+        }
+    return {}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype by the name that [`PolicyArguments`] takes."""
+    return str(dtype).removeprefix("torch.")
+
+
+def available_attention(recorded: str | None) -> str | None:
+    """The attention implementation a model was used with, where this machine has it; never code from the hub."""
+    if recorded in (None, "eager", "sdpa") or (recorded == "flash_attention_2" and is_flash_attn_2_available()):
+        return recorded
+    logger.warning("The model was used with %s attention, which is not here: the last digits may differ.", recorded)
+    return None

@@ -1,0 +1,198 @@
+"""Where a rollout ends: at the token that completes the marker, the same for every backend."""
+
+import logging
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from r2ec_trl.policy.batching import length_sorted_batches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    A reasoning that ends with the marker.
+
+    Args:
+        ids (`list[int]`):
+            Token ids, the marker's included; the answer state is read at the last one.
+        trained (`list[int]`):
+            1 where the policy sampled the token, 0 where the marker was appended for it.
+        has_marker (`bool`):
+            Whether the policy wrote the marker itself.
+        truncated (`bool`):
+            Whether it was cut at the length limit, before a marker or an end-of-sequence token.
+        overflows (`bool`):
+            Whether the token that completes the marker carries more text behind it.
+    """
+
+    ids: list[int]
+    trained: list[int]
+    has_marker: bool
+    truncated: bool
+    overflows: bool
+
+
+class MarkerReader:
+    """
+    Finds and completes the marker in token ids.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        marker (`str`):
+            The string that ends a reasoning.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, marker: str):
+        self.tokenizer = tokenizer
+        self.marker = marker
+        self.marker_ids: list[int] = tokenizer(marker, add_special_tokens=False)["input_ids"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def end(self, ids: Sequence[int]) -> int | None:
+        """How many ids go up to and with the one that completes the first marker; `None` without a marker."""
+        if self.marker not in self.text(ids):
+            return None
+        low, high = 1, len(ids)  # the answer grows monotonically with the prefix: search by halves
+        while low < high:
+            middle = (low + high) // 2
+            if self.marker in self.text(ids[:middle]):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def cut(self, ids: Sequence[int]) -> list[int]:
+        """`ids` through the marker, or all of them where there is none."""
+        end = self.end(ids)
+        return list(ids if end is None else ids[:end])
+
+    def finish(self, ids: Sequence[int], end_ids: Container[int]) -> Rollout:
+        """
+        Make a rollout of sampled ids: cut at the marker, or, without one, drop the end-of-sequence token with what
+        follows and append the marker's ids, which are not trained.
+
+        Args:
+            ids (`Sequence[int]`):
+                Sampled token ids.
+            end_ids (`Container[int]`):
+                Ids that end a generation: end-of-sequence and padding.
+        """
+        end = self.end(ids)
+        if end is not None:
+            kept = list(ids[:end])
+            return Rollout(kept, [1] * end, True, False, not self.text(kept).endswith(self.marker))
+        stop = next((position for position, token in enumerate(ids) if token in end_ids), None)
+        kept = list(ids[:stop])
+        trained = [1] * len(kept) + [0] * len(self.marker_ids)
+        return Rollout(kept + self.marker_ids, trained, False, stop is None, False)
+
+
+class MarkerCriteria(StoppingCriteria):
+    """
+    Stops each row of `generate` at the marker. Transformers' own stop strings need a byte-level tokenizer and may
+    end elsewhere; this one asks the same question as [`MarkerReader`], of the last tokens only.
+    """
+
+    def __init__(self, reader: MarkerReader, prompt_length: int):
+        self.reader = reader
+        self.prompt_length = prompt_length
+        self.window = 2 * len(reader.marker.encode()) + 2  # a token holds at least one byte, but for special ones
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Whether the newest tokens of each row hold the marker, `(batch,)`."""
+        tail = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.window) :]
+        done = [self.reader.marker in self.reader.text(row) for row in tail.tolist()]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def stop_generate_at_marker(model: PreTrainedModel, reader: MarkerReader) -> None:
+    """Wrap the base model's `generate` once, so that TRL's own call to it stops at the marker."""
+    inner_generate = model.generate
+
+    def generate(inputs=None, *args, **kwargs):
+        input_ids = kwargs["input_ids"] if inputs is None else inputs
+        criteria = StoppingCriteriaList([MarkerCriteria(reader, input_ids.shape[1])])
+        criteria.extend(kwargs.pop("stopping_criteria", None) or [])
+        if inputs is not None:
+            args = (inputs, *args)
+        return inner_generate(*args, stopping_criteria=criteria, **kwargs)
+
+    model.generate = generate
+
+
+@torch.no_grad()
+def generate_reasoning(
+    model: PreTrainedModel,
+    reader: MarkerReader,
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_tokens: int = 32_768,
+) -> list[Rollout]:
+    """
+    Greedy reasoning of every prompt, up to the marker (paper §3, inference).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The policy.
+        reader ([`MarkerReader`]):
+            Says where a rollout ends.
+        prompt_ids (`Sequence[Sequence[int]]`):
+            Token ids of the user prompts.
+        max_new_tokens (`int`):
+            Longest reasoning; one without a marker by then gets it appended.
+        batch_tokens (`int`, *optional*, defaults to `32768`):
+            Most tokens in the cache at once: rows times (longest prompt + `max_new_tokens`).
+
+    Returns:
+        `list[Rollout]`: in the order of the prompts.
+    """
+    tokenizer = reader.tokenizer
+    eos = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}  # as TRL's sampling
+    end_ids = stop_ids | {tokenizer.pad_token_id}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,  # the checkpoint's own sampling defaults would fill what is not said here
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(stop_ids),
+        disable_compile=True,
+    )
+    device = next(model.parameters()).device
+    rollouts: dict[int, Rollout] = {}
+    for batch in length_sorted_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens):
+        length = len(prompt_ids[batch[0]])  # longest first
+        input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, index in enumerate(batch):
+            input_ids[row, length - len(prompt_ids[index]) :] = torch.tensor(prompt_ids[index])
+            attention_mask[row, length - len(prompt_ids[index]) :] = 1
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([MarkerCriteria(reader, length)]),
+        )
+        for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
+            rollouts[index] = reader.finish(ids, sorted(end_ids))
+    return [rollouts[index] for index in range(len(prompt_ids))]

@@ -1,0 +1,1 @@
+"""RecPO and its warm start as trainers."""

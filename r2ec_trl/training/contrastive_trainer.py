@@ -1,0 +1,138 @@
+"""The paper's "w/o reasoning" objective (M8): warm start for RecPO, and the baseline it must beat."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from trl.trainer.utils import disable_dropout_in_model
+
+from r2ec_trl.errors import UserError
+from r2ec_trl.items.encoding import make_encoder, make_table
+from r2ec_trl.policy.answer_state import add_answer_state, pad_right
+from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.settings import RecommendationArguments
+from r2ec_trl.training.checkpoints import WholeCheckpoints
+from r2ec_trl.training.faults import FaultStops
+from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
+from r2ec_trl.training.objective import contrastive_loss, mean_pairwise_cosine
+from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
+
+
+@dataclass
+class ContrastiveConfig(RecommendationArguments, TrainingArguments):
+    """[`~transformers.TrainingArguments`] with the shared recommendation settings."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
+    optim: str = field(default=AUTO, metadata={"help": OPTIM_HELP})
+    per_device_train_batch_size: int = field(default=24, metadata={"help": "Users a step: each other's negatives."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the collator needs them."})
+    bf16: bool | None = field(default=None, metadata={"help": "By default on a GPU that supports it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
+
+    def __post_init__(self) -> None:
+        self.optim = resolve_optimizer(self.optim, self.use_cpu)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = self.selection_metric, True
+        super().__post_init__()
+        self.check_scoring()
+
+
+class ContrastiveTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, Trainer):
+    """
+    Pulls the answer state of a user prompt (no reasoning) towards the target's row, away from the batch's other
+    distinct targets; gradient flows to both sides of every score (M8).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), item_dataset, args, train_dataset, eval_dataset, processing_class:
+            As in [`~r2ec_trl.training.recpo_trainer.RecPOTrainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Trains an adapter instead of all weights.
+        **kwargs:
+            As in [`~transformers.Trainer`].
+    """
+
+    reasoning = "none"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        item_dataset: Dataset,
+        args: ContrastiveConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        set_seed(args.seed)
+        if len(train_dataset) < args.per_device_train_batch_size * args.world_size:
+            raise UserError(
+                f"`train_dataset` has {len(train_dataset)} users, fewer than one batch of "
+                f"{args.per_device_train_batch_size * args.world_size}; lower `per_device_train_batch_size`."
+            )
+        self.prompts = Prompts(processing_class, args.prompt_config(), item_dataset)
+        add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        disable_dropout_in_model(model)  # the adapter's as well, as RecPO does
+        if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        self.table = make_table(self.prompts, item_dataset, args.similarity, args.device)
+        args.dataloader_drop_last = True  # a ragged last batch would have fewer negatives
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collate,
+            train_dataset=train_dataset.map(
+                self._encode,
+                desc="User prompts",
+                load_from_cache_file=False,
+                new_fingerprint=self.prompts.fingerprint(train_dataset),  # or datasets would hash the whole model
+            ),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # the mean over users: let Trainer divide by the accumulation steps
+
+    def _encode(self, example: dict[str, Any]) -> dict[str, Any]:
+        ids = self.prompts.user_ids(example) + self.prompts.marker_ids
+        return {"sequence": ids, "target_row": self.table.row_indices([example["target"]])[0]}
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pad_token_id = self.prompts.tokenizer.pad_token_id
+        input_ids, attention_mask = pad_right([row["sequence"] for row in rows], pad_token_id, "cpu")
+        targets = torch.tensor([row["target_row"] for row in rows])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """M8 over the distinct targets of the batch, those of other processes included."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], answer_state_only=True)
+        targets = inputs["targets"].tolist()
+        candidates = sorted(set(gather_object(targets)))
+        encoder = make_encoder(self.model, self.prompts, self.args.forward_token_budget)
+        with self.accelerator.autocast():
+            rows = self.table.project(encoder([self.table.token_ids[row] for row in candidates]))  # (C, d)
+        positions = {row: position for position, row in enumerate(candidates)}
+        loss = contrastive_loss(
+            self.table.project(outputs.answer_state),
+            rows,
+            torch.tensor([positions[row] for row in targets], device=rows.device),
+            self.args.item_temperature,
+        )
+        if self.state.global_step % self.args.logging_steps == 0:
+            self._row_cosine = mean_pairwise_cosine(rows.detach()).item()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As [`~transformers.Trainer`]'s, with the mean pairwise cosine of the batch's rows."""
+        if "loss" in logs and hasattr(self, "_row_cosine"):
+            logs["item/mean_pairwise_cosine"] = self._row_cosine
+        super().log(logs, start_time)

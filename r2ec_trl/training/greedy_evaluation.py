@@ -1,0 +1,112 @@
+"""What both trainers share: the frozen policy and greedy evaluation over the whole catalogue."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import torch
+from datasets import Dataset
+from trl.models.utils import unwrap_model_for_generation
+
+from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.users import evaluate_users, gather_rows, own_rows, summarise_users
+from r2ec_trl.items.encoding import make_encoder, share_encoding
+from r2ec_trl.items.table import ItemTable
+from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.rollouts import Rollout
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class GreedyEvaluation(_Base):
+    """
+    Mixin for a [`~transformers.Trainer`] with `prompts`, `table` and our shared arguments: `evaluate` reasons greedily
+    and ranks the whole catalogue, so `eval_strategy`, `load_best_model_at_end`, `metric_for_best_model` and early
+    stopping work unchanged on `recommendation/ndcg@10`.
+    """
+
+    prompts: Prompts
+    table: ItemTable
+    reasoning = "full"
+
+    @contextmanager
+    def _frozen_policy(self) -> Iterator[Any]:
+        """The policy for generation and scoring: unwrapped, whole (ZeRO-3), without gradient or checkpointing."""
+        with (
+            torch.no_grad(),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=getattr(self.args, "ds3_gather_for_generation", True),
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            yield model
+
+    def _greedy_rollouts(self, prompt_ids: list[list[int]]) -> list[Rollout] | None:
+        """Greedy rollouts of this process through vLLM where it is in use; `None`: the frozen policy makes them."""
+        if not getattr(self, "use_vllm", False):
+            return None
+        return self.vllm_generation.greedy(self.reader, prompt_ids, self.args.max_completion_length)
+
+    def evaluate_frame(self, dataset: Dataset, reasoning: str | None = None) -> pl.DataFrame:
+        """
+        One row a user, see [`~r2ec_trl.evaluation.users.evaluate_users`]; the table is re-encoded with the current
+        weights first, and users are shared out over the processes.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        reasoning = reasoning or self.reasoning
+        mine, rollouts = self._own_users(dataset, reasoning)
+        with self._frozen_policy() as model:
+            self._refresh_whole_table(model)
+            frame = evaluate_users(
+                model,
+                self.prompts,
+                self.table,
+                mine,
+                max_new_tokens=getattr(self.args, "max_completion_length", 1),
+                temperature=self.args.item_temperature,
+                reasoning=reasoning,
+                token_budget=self.args.forward_token_budget,
+                rollouts=rollouts,
+            )
+        self.model.train(was_training)
+        return gather_rows(frame, len(dataset))
+
+    def _own_users(self, dataset: Dataset, reasoning: str) -> tuple[Dataset, list[Rollout] | None]:
+        """This process's share of the users, never empty, and their rollouts where vLLM makes them."""
+        users = own_rows(dataset, self.accelerator)
+        if reasoning == "none":
+            return users, None
+        return users, self._greedy_rollouts([self.prompts.user_ids(user) for user in users])
+
+    def _refresh_whole_table(self, model: Any) -> None:
+        encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
+        self.table.refresh(share_encoding(encoder, self.accelerator, self.table))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Greedy reasoning and full-catalogue metrics of the validation users (at most `max_eval_users`).
+
+        Returns:
+            `dict`: `eval_recommendation/ndcg@10` and the other figures of
+            [`~r2ec_trl.evaluation.users.summarise_users`].
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or len(dataset) == 0:
+            raise UserError("`evaluate` has no users; give the trainer an `eval_dataset` with at least one.")
+        dataset = dataset.select(range(min(len(dataset), self.args.max_eval_users or len(dataset))))
+        figures = summarise_users(self.evaluate_frame(dataset))
+        metrics = {f"{metric_key_prefix}_recommendation/{name}": value for name, value in figures.items()}
+        was_training = self.model.training
+        self.model.eval()  # TRL's `log` tells training from evaluation figures by it
+        self.log(metrics)
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,167 @@
+"""Reports, the files they leave, and paired comparisons."""
+
+import json
+import os
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from r2ec_trl.cli.tables import comparison_table, report_table
+from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.report import compare_frames, differences, protocol, read_ranks, report, write_report
+
+CARD = {"source": "shop", "sha256": {"test": "aa", "items": "bb"}, "counts": {"test": 4, "items": 9}}
+
+
+def frame(rank=(1, 3, 2, 10), rank_masked=(1, 10, 2, 9)):
+    return pl.DataFrame(
+        {
+            "user_id": ["u", "u", "v", "w"],
+            "target": ["a", "b", "a", "c"],
+            "rank": rank,
+            "rank_masked": rank_masked,
+            "top_item_ids": [["a", "b"]] * 4,
+        }
+    )
+
+
+def made(**settings):
+    return protocol(CARD, {"reasoning": "full", **settings}, seed=3)
+
+
+def test_report_by_hand():
+    """Ranks 1, 3, 2, 10 at k = 2: two hits of four. Masked, the repeat of row 2 is a miss: 1, 10, 2, 9 at k = 3."""
+    result = report(frame(), {"popularity": ([9, 9, 9, 9], [1, 1, 1, 1])}, made(), ks=[2, 3])
+    assert (result["rows"], result["users"]) == (4, 3)
+    assert result["unmasked"]["model"]["hit@2"]["value"] == 0.5
+    assert result["unmasked"]["model"]["mrr@3"]["value"] == pytest.approx((1 + 1 / 3 + 1 / 2) / 4)
+    assert result["masked"]["model"]["hit@3"]["value"] == 0.5
+    assert result["unmasked"]["popularity"]["hit@3"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert result["masked"]["popularity"]["hit@3"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    figure = result["unmasked"]["model"]["hit@3"]
+    assert 0 <= figure["low"] < figure["value"] == 0.75 < figure["high"] <= 1
+
+
+def test_users_are_resampled_with_all_their_rows():
+    """Of three users one has both hits: with users drawn, no hit at all comes up in (2/3)^3 = 30 % of the draws."""
+    result = report(frame(rank=(1, 1, 9, 9)), {}, made(), ks=[1])
+    assert result["unmasked"]["model"]["hit@1"] == {"value": 0.5, "low": 0.0, "high": 1.0}
+    assert report(frame(), {}, made(), ks=[3], seed=1) == report(frame(), {}, made(), ks=[3], seed=1)
+
+
+def test_ranks_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="3 ranks for 4 rows"):
+        report(frame(), {"popularity": ([1, 1, 1], [1, 1, 1])}, made())
+
+
+def test_protocol_says_how_the_figures_came_about():
+    found = made(path=os.sep)
+    assert found["split_sha256"] == "aa" and found["catalogue_sha256"] == "bb" and found["catalogue_items"] == 9
+    assert found["ties"] == "count against the target" and "miss" in found["mask"] and found["seed"] == 3
+    assert set(found["versions"]) == {"torch", "transformers", "trl", "peft", "r2ec_trl"}
+    assert protocol(CARD, {"dtype": int}, 0)["settings"] == {"dtype": "<class 'int'>"}, "anything can be stored"
+
+
+def test_files_and_what_is_read_back(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    result = report(frame(), {}, made())
+    write_report(folder, result, frame())
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "ranks.parquet"]
+    assert json.loads((folder / "metrics.json").read_text()) == result
+    assert json.loads(pq.read_schema(folder / "ranks.parquet").metadata[b"protocol"]) == made()
+    read, found = read_ranks(folder)
+    assert read.equals(frame()) and found == made()
+
+
+def test_writing_again_replaces(tmp_path):
+    write_report(tmp_path, report(frame(), {}, made()), frame())
+    other = frame(rank=(9, 9, 9, 9))
+    write_report(tmp_path, report(other, {}, made()), other)
+    assert read_ranks(tmp_path)[0].equals(other)
+
+
+def test_nothing_is_left_half_written(tmp_path, monkeypatch):
+    write_report(tmp_path, report(frame(), {}, made()), frame())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(pq, "write_table", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    other = frame(rank=(9, 9, 9, 9))
+    with pytest.raises(UserError, match="cannot be written to .*No space left"):
+        write_report(tmp_path, report(other, {}, made()), other)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_figure_that_is_no_number_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(tmp_path / "new", {"protocol": {}, "value": float("nan")}, frame())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match="cannot be written to .*taken"):
+        write_report(tmp_path / "taken", report(frame(), {}, made()), frame())
+
+
+def test_what_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="holds no ranks.parquet"):
+        read_ranks(tmp_path)
+    (tmp_path / "ranks.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match="not a ranks file with its protocol"):
+        read_ranks(tmp_path)
+    frame().write_parquet(tmp_path / "ranks.parquet")
+    with pytest.raises(UserError, match="not a ranks file with its protocol"):
+        read_ranks(tmp_path)
+    write_report(tmp_path, report(frame(), {}, made()), frame().drop("rank_masked"))
+    with pytest.raises(UserError, match="lacks the columns rank_masked"):
+        read_ranks(tmp_path)
+
+
+def test_differences_of_settings_are_listed():
+    other = protocol(CARD, {"reasoning": "none", "lora": {"r": 4}}, seed=4)
+    assert differences(made(), other) == {
+        "seed": (3, 4),
+        "settings.lora.r": (None, 4),
+        "settings.reasoning": ("full", "none"),
+    }
+    assert differences(made(), made()) == {}
+
+
+@pytest.mark.parametrize(
+    "change", [{"split": "validation"}, {"split_sha256": "cc"}, {"catalogue_sha256": "cc"}, {"ties": "in favour"}]
+)
+def test_another_protocol_is_refused(change):
+    with pytest.raises(UserError, match=f"differ in {next(iter(change))}"):
+        differences(made(), {**made(), **change})
+
+
+def test_comparison_by_hand():
+    """Hit@1 goes from 1 of 4 to 3 of 4 and NDCG@1 likewise; the masked ranks are the same: difference 0."""
+    result = compare_frames(frame(), frame(rank=(1, 1, 1, 10)), ks=[1])
+    assert (result["rows"], result["users"]) == (4, 3)
+    figure = result["unmasked"]["hit@1"]
+    assert (figure["before"], figure["after"], figure["difference"]) == (0.25, 0.75, 0.5)
+    assert 0 <= figure["low"] <= 0.5 <= figure["high"] <= 1
+    assert result["masked"]["hit@1"] == {"before": 0.25, "after": 0.25, "difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize("other", [frame()[:3], frame()[::-1], frame().with_columns(user_id=pl.lit("x"))])
+def test_other_rows_are_refused(other):
+    with pytest.raises(UserError, match="not of the same users and targets"):
+        compare_frames(frame(), other)
+
+
+def text_of(table):
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))
+    console.print(table)
+    return console.export_text()
+
+
+def test_tables_show_every_figure():
+    result = report(frame(), {"item_to_item": ([9, 9, 9, 9], [9, 9, 9, 9])}, made(), ks=[2])
+    text = text_of(report_table(result))
+    assert "4 rows of 3 users" in text and "item to item" in text and "NDCG@2" in text
+    assert "0.5000 [" in text and "0.0000 [0.0000, 0.0000]" in text
+    text = text_of(comparison_table(compare_frames(frame(), frame(rank=(1, 1, 1, 10)), ks=[1])))
+    assert "+0.5000 [" in text and "+0.0000 [+0.0000, +0.0000]" in text

@@ -1,0 +1,135 @@
+"""The answer state: read at one place, in every call, for every family."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import add_fused_lm_head
+
+from r2ec_trl.policy.answer_state import (
+    add_answer_state,
+    answer_position,
+    encode_states,
+    pad_right,
+    select_answer_state,
+)
+
+
+def test_position_is_the_last_attended_one_on_either_side_of_padding():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0]])
+    assert answer_position(mask).tolist() == [2, 3, 0, 2]
+    assert answer_position(mask.bool()).tolist() == [2, 3, 0, 2]
+    hidden = torch.arange(16.0).view(4, 4, 1)
+    assert select_answer_state(hidden, mask).flatten().tolist() == [2, 7, 8, 14]
+
+
+def test_pad_right():
+    ids, mask = pad_right([[5], [6, 7, 8]], 0, "cpu")
+    assert ids.tolist() == [[5, 0, 0], [6, 7, 8]] and mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+@pytest.fixture
+def batch():
+    """Three rows of a loss pass: prompts left-padded, completions right-padded, as TRL lays them out."""
+    torch.manual_seed(0)
+    lengths = [(9, 4), (4, 7), (12, 1)]
+    prompts = [torch.randint(4, 300, (p,)).tolist() for p, _ in lengths]
+    completions = [torch.randint(4, 300, (c,)).tolist() for _, c in lengths]
+    ids = torch.zeros(3, 12 + 7, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        span = slice(12 - len(prompt), 12 + len(completion))
+        ids[row, span], mask[row, span] = torch.tensor(prompt + completion), 1
+    return [p + c for p, c in zip(prompts, completions, strict=True)], ids, mask
+
+
+def test_loss_pass_and_reward_pass_agree(tiny_model, model_family, batch):
+    sequences, ids, mask = batch
+    model = tiny_model(model_family)
+    add_fused_lm_head(model)
+    add_answer_state(model)
+    with torch.no_grad():
+        rewarded = encode_states(model, sequences, pad_token_id=0)
+        loss_pass = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).answer_state
+        alone = torch.cat([encode_states(model, [sequence], pad_token_id=0) for sequence in sequences])
+    assert (rewarded - loss_pass).abs().max() < 1e-5
+    assert (rewarded - alone).abs().max() < 1e-5
+    assert (rewarded[0] - rewarded[1]).abs().max() > 0.1
+
+
+def test_padding_and_batches_leave_no_trace_in_the_gradient(tiny_model, batch):
+    sequences, _, _ = batch
+    gradients = []
+    for budget in (10_000, 1):
+        model = tiny_model("llama")
+        add_answer_state(model)
+        encode_states(model, sequences, pad_token_id=0, token_budget=budget).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm() and gradients[0].norm() > 0
+
+
+def test_states_come_back_in_order_as_fp32(tiny_model):
+    model = tiny_model("llama").bfloat16()
+    add_answer_state(model)
+    sequences = [[5] * 3, [6] * 30, [7], [8] * 11]
+    with torch.no_grad():
+        states = encode_states(model, sequences, pad_token_id=0, token_budget=40)
+        assert states.dtype == torch.float32
+        for row, sequence in enumerate(sequences):
+            one = encode_states(model, [sequence], pad_token_id=0)[0]
+            assert torch.cosine_similarity(states[row], one, dim=0) > 0.999
+
+
+def test_the_lm_head_is_not_run_and_the_cache_is_off(tiny_model):
+    model = tiny_model("llama")
+    add_answer_state(model)
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.tensor([[5, 6, 7]])
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), answer_state_only=True)
+    assert not calls and output.answer_state.shape == (1, 64) and output.loss is None
+    model(input_ids=ids)
+    assert calls
+
+
+def test_works_through_an_adapter_patched_before_or_after(tiny_model):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    states = []
+    for first in (True, False):
+        base = tiny_model("llama")
+        if first:
+            add_answer_state(base)
+        torch.manual_seed(0)
+        model = get_peft_model(base, lora)
+        if not first:
+            add_answer_state(base)
+        with torch.no_grad():
+            states.append(encode_states(model, [[5, 6, 7]], pad_token_id=0))
+            with model.disable_adapter():
+                states.append(encode_states(model, [[5, 6, 7]], pad_token_id=0))
+    assert torch.equal(states[0], states[2]) and torch.equal(states[1], states[3])
+    assert not torch.allclose(states[0], states[1])
+
+
+def test_generation_is_unchanged(tiny_model, model_family):
+    ids = torch.tensor([[20, 30, 40, 50]])
+    model, plain = tiny_model(model_family), tiny_model(model_family)
+    add_fused_lm_head(model)
+    add_answer_state(model)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+def test_gradient_checkpointing_gives_the_same_state_and_gradient(tiny_model, batch):
+    _, ids, mask = batch
+    results = []
+    for checkpoints in (False, True):
+        model = tiny_model("qwen2").train()
+        add_fused_lm_head(model)
+        add_answer_state(model)
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        state = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).answer_state
+        state.square().sum().backward()
+        results.append((state.detach(), model.model.layers[0].mlp.up_proj.weight.grad))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)

@@ -1,0 +1,191 @@
+"""
+What RecPO relies on inside TRL 1.16. A red test here means that TRL changed under us: read the class docstring of
+RecPOTrainer, mend the override that the message names, then move the version range in setup.cfg.
+"""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+from r2ec_trl.policy.answer_state import AnswerStateOutput, add_answer_state
+from r2ec_trl.training.recpo_trainer import RecPOTrainer
+
+OVERRIDDEN = {
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+    "_generate": ["prompts"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["inputs"],
+    "_compute_loss": ["model", "inputs"],
+    "log": ["logs", "start_time"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overridden_methods_have_the_parameters_we_pass_on(name):
+    theirs = [p for p in inspect.signature(getattr(GRPOTrainer, name)).parameters if p != "self"]
+    assert theirs == OVERRIDDEN[name], f"TRL changed GRPOTrainer.{name}: {theirs}; RecPOTrainer overrides it."
+
+
+def test_log_prob_method_takes_the_model_first_and_calls_it_by_keyword():
+    names = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert names[:5] == [
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+    ], "RecPOTrainer hands a closure in the model's place to keep the answer states."
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
+
+
+def test_every_override_is_in_the_docstring():
+    """The class says each method that it, or its mixin, takes over from TRL."""
+    ours = {
+        name
+        for base in RecPOTrainer.__mro__[: RecPOTrainer.__mro__.index(GRPOTrainer)]
+        for name in vars(base)
+        if hasattr(GRPOTrainer, name) and not name.startswith("__")
+    } - {"_tag_names", "_name", "_paper"}
+    passed_through = {"train", "training_step", "_prepare_inputs", "_get_grad_norm"}
+    passed_through |= {"_save_checkpoint", "_get_train_sampler", "_get_per_token_logps_and_entropies"}
+    assert ours == {*OVERRIDDEN, *passed_through}
+    missing = [name for name in ours if f"`{name}`" not in RecPOTrainer.__doc__]
+    assert not missing, f"RecPOTrainer's docstring does not give the reason for {missing}."
+
+
+def test_fused_output_has_the_fields_that_ours_extends():
+    theirs = [field.name for field in dataclasses.fields(FusedCausalLMOutput)]
+    assert theirs == [
+        "loss",
+        "log_probs",
+        "entropy",
+        "log_sum_sq_probs",
+        "mean_logits",
+        "is_top1",
+        "label_mask",
+        "aux_loss",
+    ], f"TRL changed FusedCausalLMOutput: {theirs}; AnswerStateOutput extends it."
+    assert [field.name for field in dataclasses.fields(AnswerStateOutput)] == [*theirs, "answer_state"]
+
+
+def test_the_second_patch_hands_out_states_beside_trls_log_probs(tiny_model):
+    model, plain = tiny_model("qwen2"), tiny_model("qwen2")
+    for each in (model, plain):
+        add_fused_lm_head(each, outputs=("log_probs", "entropy"))
+    add_answer_state(model)
+    add_answer_state(model)  # a second call does nothing
+    ids = torch.randint(4, 300, (2, 9))
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "fused_lm_head": True}
+    ours, theirs = model(**call), plain(**call)
+    assert torch.equal(ours.log_probs, theirs.log_probs) and torch.equal(ours.entropy, theirs.entropy)
+    hidden = plain.model(input_ids=ids).last_hidden_state[:, -1]
+    assert torch.allclose(ours.answer_state, hidden, atol=1e-6)
+    assert list(inspect.signature(model.forward).parameters) == list(inspect.signature(plain.forward).parameters)
+    leaves, spec = torch.utils._pytree.tree_flatten(ours)  # accelerate's fp32 conversion and DDP rebuild the output
+    assert torch.equal(torch.utils._pytree.tree_unflatten(leaves, spec).answer_state, ours.answer_state)
+
+
+def test_batches_are_shuffled_and_split_with_0d_tensors_whole():
+    batch = {"rows": torch.arange(6), "count": torch.tensor(7), "wide": torch.arange(12).view(6, 2)}
+    torch.manual_seed(0)
+    shuffled = shuffle_sequence_dict(batch)
+    assert shuffled["count"].item() == 7 and sorted(shuffled["rows"].tolist()) == list(range(6))
+    assert shuffled["wide"][:, 0].tolist() == (2 * shuffled["rows"]).tolist(), "columns must move together"
+    parts = split_tensor_dict(shuffled, 3)
+    assert [part["count"].item() for part in parts] == [7, 7, 7]
+    assert torch.cat([part["rows"] for part in parts]).tolist() == shuffled["rows"].tolist()
+
+
+def test_what_generate_returns_and_logs(make_trainer, chat_tokenizer, replay):
+    """`prompt_ids, completion_ids, tool_mask, completions, logprobs, *rest`, and the figures that we set right."""
+    replay(lambda prompt_ids, number: [50, 60 + number])
+    trainer = make_trainer()
+    trainer.model.train()
+    prompts = [[{"role": "user", "content": "guitar"}]] * 4
+    result = GRPOTrainer._generate(trainer, prompts)
+    assert (
+        len(result) == 8
+    ), f"TRL's _generate returns {len(result)} values; RecPOTrainer._generate unpacks the first 5."
+    prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, images, tool_images = result
+    assert prompt_ids[0] == chat_tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True)["input_ids"]
+    assert completion_ids == [[50, 60], [50, 61], [50, 62], [50, 63]]
+    assert tool_mask is None and logprobs is None and extra == {} and completions[0][0]["role"] == "assistant"
+    overwritten = ["clipped_ratio", *(f"{which}_terminated_length" for which in ("mean", "min", "max"))]
+    for name in overwritten:
+        values = trainer._metrics["train"][f"completions/{name}"]
+        assert len(values) == 1, f"TRL no longer logs completions/{name}, which RecPOTrainer._log_rollouts sets right."
+
+
+def test_keys_of_the_batch(make_trainer, replay):
+    replay(lambda prompt_ids, number: [50, 60 + number])
+    trainer = make_trainer()
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    theirs = {
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "advantages",
+        "num_items_in_batch",
+        "tool_mask",
+    }
+    assert set(batch) == theirs | {"item_weights", "item_positions"}
+    assert batch["num_items_in_batch"].ndim == 0 and batch["advantages"].shape == (8,)
+    assert batch["tool_mask"].shape == batch["completion_mask"].shape
+    assert (
+        batch["num_items_in_batch"] == (batch["tool_mask"] * batch["completion_mask"]).sum()
+    ), "TRL's loss must count trained tokens alone: the appended marker is masked by tool_mask"
+    assert (batch["prompt_mask"][:, -1] == 1).all() and (batch["completion_mask"][:, 0] == 1).all()
+
+
+def test_attributes_that_we_read(make_trainer):
+    trainer = make_trainer()
+    for name in (
+        "_metrics",
+        "_step",
+        "_tokenizer",
+        "accelerator",
+        "epsilon_high",
+        "epsilon_low",
+        "eos_token_ids",
+        "generation_config",
+        "mask_truncated_completions",
+        "model_wrapped",
+        "num_generations",
+        "num_iterations",
+        "use_transformers_continuous_batching",
+        "use_vllm",
+    ):
+        assert hasattr(trainer, name), f"GRPOTrainer.{name} is gone; RecPOTrainer reads it."
+    assert trainer._step == 0 and trainer.epsilon_high == trainer.epsilon_low == 0.2
+    assert "gather_deepspeed3_params" in inspect.signature(unwrap_model_for_generation).parameters
+    for name in ("ds3_gather_for_generation", "steps_per_generation", "generation_batch_size"):
+        assert hasattr(trainer.args, name), f"GRPOConfig.{name} is gone."
+
+
+def test_old_log_probs_are_kept_under_the_condition_that_ours_repeats():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "generate_every = self.args.steps_per_generation * self.num_iterations" in source
+    assert "if self.args.gradient_accumulation_steps % generate_every != 0 or (" in source
+
+
+def test_dapo_normalises_over_the_generation_batch_as_the_item_term_does():
+    lines = [line.strip() for line in inspect.getsource(GRPOTrainer._compute_loss).splitlines()]
+    assert 'normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes' in lines
+    assert (
+        "normalizer = normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation" in lines
+    )
+
+
+def test_trl_masks_truncated_rollouts_by_their_last_id_which_is_why_we_take_it_over():
+    assert "ids[-1] not in eos_and_pad" in inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "mask_truncated_completions" in {field.name for field in dataclasses.fields(GRPOConfig)}

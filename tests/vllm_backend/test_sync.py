@@ -1,0 +1,207 @@
+"""What is sent to vLLM, without vLLM: merged weights that leave the base alone, and the adapter's way to a server."""
+
+import contextlib
+import copy
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from trl.generation import vllm_client
+from trl.generation.vllm_generation import VLLMGeneration
+
+from r2ec_trl.errors import UserError
+from r2ec_trl.vllm.sync import AdapterSync, MergedSync
+
+
+@pytest.fixture
+def sync_of(monkeypatch):
+    """`sync_of(model, kind, **settings)` is a generation object without an engine."""
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda self: None)
+    monkeypatch.setattr(MergedSync, "_init_vllm", lambda self: None)
+
+    def build(model, kind=MergedSync, mode="colocate", **settings):
+        args = SimpleNamespace(**{"vllm_lora_folder": None, "vllm_lora_sync": kind is AdapterSync, **settings})
+        accelerator = Accelerator(cpu=True)
+        return kind(
+            settings=args,
+            timed=contextlib.nullcontext,
+            model=model,
+            accelerator=accelerator,
+            processing_class=None,
+            mode=mode,
+            server_base_url="http://127.0.0.1:9/",
+        )
+
+    return build
+
+
+def lora_policy(base, **lora):
+    torch.manual_seed(0)
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **lora}
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
+
+
+def weights(params):
+    return {name: weight.detach().clone() for name, weight in params}
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_those_of_merge_and_unload(tiny_model, sync_of, lora, dtype):
+    """Qwen2, whose projections have biases: the same names and values as the plain model, tied head and all."""
+    policy = lora_policy(tiny_model("qwen2", tie_word_embeddings=True).to(dtype), **lora)
+    sent = weights(sync_of(policy)._iter_named_params())
+    plain = copy.deepcopy(policy).merge_and_unload(safe_merge=True)
+    expected = dict(plain.named_parameters())
+    assert sent.keys() == expected.keys() and "lm_head.weight" not in sent
+    assert all(torch.equal(sent[name], expected[name]) for name in sent)
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    base = policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.equal(sent[q_proj], base)
+
+
+def base_weights(policy):
+    return {name: param for name, param in policy.named_parameters() if "lora_" not in name}
+
+
+def test_the_base_is_bit_identical_after_fifty_rounds(tiny_model, sync_of):
+    """TRL's merge in place and unmerge drifts in bfloat16, and we do not write to the base at all."""
+    policy = lora_policy(tiny_model("llama").bfloat16())
+    start = {name: param.detach().clone() for name, param in base_weights(policy).items()}
+    storage = {name: param.data_ptr() for name, param in base_weights(policy).items()}
+    sync = sync_of(policy)
+    first = weights(sync._iter_named_params())
+    for _ in range(50):
+        last = weights(sync._iter_named_params())
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert all(torch.equal(param, start[name]) for name, param in base_weights(policy).items())
+    assert {name: param.data_ptr() for name, param in base_weights(policy).items()} == storage
+    assert not any(layer.merged for layer in policy.modules() if isinstance(layer, LoraLayer))
+
+    for _ in range(50):
+        weights(VLLMGeneration._iter_named_params(sync))
+    drifted = [not torch.equal(param, start[name]) for name, param in base_weights(policy).items()]
+    assert sum(drifted) >= 14  # the seven projections of both layers
+
+
+def test_a_sync_that_breaks_off_leaves_the_base_whole(tiny_model, sync_of):
+    policy = lora_policy(tiny_model("llama"))
+    start = {name: param.detach().clone() for name, param in base_weights(policy).items()}
+    params = sync_of(policy)._iter_named_params()
+    for name, _ in params:
+        if "o_proj" in name:
+            break
+    params.close()
+    assert all(torch.equal(param, start[name]) for name, param in base_weights(policy).items())
+    assert not any(layer.merged for layer in policy.modules() if isinstance(layer, LoraLayer))
+
+
+def test_full_fine_tuning_sends_what_trl_sends(tiny_model, sync_of):
+    model = tiny_model("llama")
+    sync = sync_of(model)
+    sent = weights(sync._iter_named_params())
+    assert sent.keys() == dict(model.named_parameters()).keys()
+    assert sync.sync_bytes == sum(param.nbytes for param in model.parameters())
+
+
+@pytest.mark.slow  # where bitsandbytes is installed
+def test_a_four_bit_base_is_sent_dequantised(tiny_model_folder, sync_of):
+    """
+    bitsandbytes dequantises to the compute dtype and multiplies: so does a plain model with these weights. Merging
+    into the packed weights, as TRL does, quantises the sum and loses most of a small adapter.
+    """
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tiny_model_folder("llama")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+    policy = lora_policy(packed)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(40, 60)[None]
+    sent = weights(sync_of(policy)._iter_named_params())
+    with policy.disable_adapter():
+        sent_base = weights(sync_of(policy)._iter_merged_params())
+    with torch.no_grad():  # bitsandbytes packs anew for a CPU at the first forward: after the sync
+        expected = policy(ids).logits
+        with policy.disable_adapter():
+            base = policy(ids).logits
+        for params, logits in ((sent, expected), (sent_base, base)):
+            assert plain.load_state_dict(params, strict=False).unexpected_keys == []
+            assert (plain(ids).logits - logits).abs().mean() < 0.05  # its CPU kernel multiplies in bfloat16
+    assert (base - expected).abs().mean() > 1
+
+
+# ---------------------------------------------------------------- hot-loading
+class Client:
+    """Stands in for TRL's client: keeps what is posted, and reads the adapter while it is there, as a server does."""
+
+    def __init__(self, status=200):
+        self.model, self.posts, self.adapters, self.status = "org/policy", [], [], status
+        self.session = self
+
+    def post(self, url, json):
+        self.posts.append((url.rsplit("/", 1)[1], json["lora_name"]))
+        if "lora_path" in json:
+            assert sorted(os.listdir(json["lora_path"])) == ["adapter_config.json", "adapter_model.safetensors"]
+            self.adapters.append(
+                (json["lora_path"], load_file(os.path.join(json["lora_path"], "adapter_model.safetensors")))
+            )
+        return SimpleNamespace(status_code=self.status, text="no such\nfolder")
+
+
+def test_a_server_gets_each_adapter_under_its_own_name(tiny_model, sync_of):
+    """
+    Three syncs, each after a change: a name and folder of its own (the prefix cache keys on both), the weights as they
+    are now, the one before unloaded, and no file left behind.
+    """
+    policy = lora_policy(tiny_model("llama"))
+    sync = sync_of(policy, AdapterSync, mode="server")
+    sync.vllm_client = client = Client()
+    layer = policy.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for step in range(3):
+        with torch.no_grad():
+            layer.fill_(float(step))
+        sync.sync_weights()
+        folder, state = client.adapters[-1]
+        assert (state[key] == step).all() and len(state) == 28
+        assert not os.path.exists(folder) and folder.startswith("/dev/shm")
+        assert client.model.endswith(f"-{step + 1}")
+    names = [name for action, name in client.posts if action == "load_lora_adapter"]
+    assert len(set(names)) == len({folder for folder, _ in client.adapters}) == 3
+    assert [name for action, name in client.posts if action == "unload_lora_adapter"] == names[:2]
+    assert 1 <= sync.sync_bytes / sum(tensor.nbytes for tensor in state.values()) < 1.2  # and a header
+
+
+def test_the_adapter_goes_through_a_shared_folder(tiny_model, sync_of, tmp_path):
+    sync = sync_of(lora_policy(tiny_model("llama")), AdapterSync, mode="server", vllm_lora_folder=str(tmp_path))
+    sync.vllm_client = client = Client()
+    sync.sync_weights()
+    assert client.adapters[0][0].startswith(str(tmp_path)) and not os.listdir(tmp_path)
+
+
+def test_a_server_that_refuses_the_adapter(tiny_model, sync_of):
+    sync = sync_of(lora_policy(tiny_model("llama")), AdapterSync, mode="server")
+    sync.vllm_client = Client(status=400)
+    with pytest.raises(UserError, match="refused `load_lora_adapter` .no such folder.; it must see"):
+        sync.sync_weights()
+
+
+def test_a_server_that_dies_is_one_sentence(tiny_model, sync_of, monkeypatch):
+    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda *args, **kwargs: True)
+    monkeypatch.setattr(vllm_client.VLLMClient, "check_server", lambda *args: None)
+    monkeypatch.setattr(vllm_client.VLLMClient, "_get", lambda *args: {"data": [{"id": "org/policy"}]})
+    sync = sync_of(lora_policy(tiny_model("llama")), AdapterSync, mode="server", server_timeout=0)
+    sync._connect()
+    sync._bound_waiting(pauses=0)
+    for call in (sync.sync_weights, lambda: sync.generate([[5, 6]], None, 1)):
+        with pytest.raises(
+            UserError, match="The vLLM server at http://127.0.0.1:9 stopped answering .ConnectionError"
+        ):
+            call()
