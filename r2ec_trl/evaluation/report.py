@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
-import r2ec_trl
 from r2ec_trl.errors import UserError
 from r2ec_trl.metrics import CUTOFFS, bootstrap_interval, metric_values, paired_bootstrap
 
@@ -51,10 +50,7 @@ def protocol(card: Mapping[str, Any], settings: Mapping[str, Any], seed: int, sp
         "intervals": "95 % percentile bootstrap of users, 10,000 resamples",
         "seed": seed,
         "settings": json.loads(json.dumps(dict(settings), default=str)),
-        "versions": {
-            **{package: version(package) for package in ("torch", "transformers", "trl", "peft")},
-            "r2ec_trl": r2ec_trl.__version__,
-        },
+        "versions": {package: version(package) for package in ("torch", "transformers", "trl", "peft", "r2ec_trl")},
     }
 
 
