@@ -30,51 +30,32 @@ FIELD_LABELS = {"average_rating": "Average rating", "rating_number": "Number of 
 _UNITS = ((31_536_000, "year"), (2_592_000, "month"), (604_800, "week"), (86_400, "day"), (3_600, "hour"))
 
 
+def _field(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class PromptConfig:
     """
     What a prompt is made of. Stored with every table and result, since another prompt is another recommender.
 
-    Args:
-        category (`str`, *optional*, defaults to `"item"`):
-            Singular words for what is sold, such as `"video game"`.
-        marker (`str`, *optional*, defaults to `"<answer>"`):
-            The string at which the model switches from writing to recommending.
-        closing (`str`, *optional*, defaults to `"</answer>"`):
-            Closing tag, only named in the instruction.
-        user_template (`str`, *optional*):
-            Text of the user turn, with `{category}`, `{marker}`, `{closing}` and `{history}`.
-        item_template (`str`, *optional*):
-            Text of the item's user turn, with `{category}`, `{marker}`, `{closing}` and `{fields}`.
-        item_fields (`tuple[str, ...]`, *optional*, defaults to `("title", "description")`):
-            Item columns in the item prompt, in this order; empty and absent ones are left out. Ratings and numbers of
-            buyers gathered after the split leak the future, so they are not among the defaults.
-        field_words (`int`, *optional*, defaults to `100`):
-            Longest field, in words (the title is never cut).
-        max_history_items (`int`, *optional*, defaults to `20`):
-            Newest purchases shown.
-        max_prompt_length (`int`, *optional*, defaults to `2048`):
-            Tokens of a user prompt.
-        max_item_length (`int`, *optional*, defaults to `768`):
-            Tokens of an item prompt.
-        use_ratings (`bool`, *optional*, defaults to `True`):
-            Show the user's ratings where the data have them.
-        use_times (`bool`, *optional*, defaults to `True`):
-            Show how long ago each purchase was where the data have times.
+    Each field's `help` says what it is; [`~r2ec_trl.policy.settings.RecommendationArguments`] takes fields, defaults
+    and help from here. Item fields that are empty or absent are left out of a prompt. Ratings and numbers of buyers
+    gathered after the split leak the future, so they are not among the default fields.
     """
 
-    category: str = "item"
-    marker: str = "<answer>"
-    closing: str = "</answer>"
-    user_template: str = USER_TEMPLATE
-    item_template: str = ITEM_TEMPLATE
-    item_fields: tuple[str, ...] = ("title", "description")
-    field_words: int = 100
-    max_history_items: int = 20
-    max_prompt_length: int = 2048
-    max_item_length: int = 768
-    use_ratings: bool = True
-    use_times: bool = True
+    category: str = _field("item", "Singular words for an item, e.g. 'video game'. By default the dataset card's.")
+    marker: str = _field("<answer>", "String at which writing ends and scoring begins.")
+    closing: str = _field("</answer>", "Closing tag named in the instruction.")
+    user_template: str = _field(USER_TEMPLATE, "User turn, with {category}, {marker}, {closing} and {history}.")
+    item_template: str = _field(ITEM_TEMPLATE, "Item turn, with {category}, {marker}, {closing} and {fields}.")
+    item_fields: tuple[str, ...] = _field(("title", "description"), "Item columns in the item prompt, in this order.")
+    field_words: int = _field(100, "Longest item field in words; titles are never cut.")
+    max_history_items: int = _field(20, "Newest purchases shown in the user prompt.")
+    max_prompt_length: int = _field(2048, "Tokens of a user prompt; whole oldest purchases are cut.")
+    max_item_length: int = _field(768, "Tokens of an item prompt.")
+    use_ratings: bool = _field(True, "Show the user's ratings where the data have them.")
+    use_times: bool = _field(True, "Show how long ago purchases were, where known.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "item_fields", tuple(self.item_fields))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.policy.prompts import ITEM_TEMPLATE, USER_TEMPLATE, PromptConfig
+from r2ec_trl.policy.prompts import PromptConfig
 
 PROMPT_PRESETS: dict[str, dict[str, Any]] = {
     "reference": {  # what the released adapters were trained with
@@ -17,15 +17,29 @@ PROMPT_PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 
+FIELDS = {one.name: one for one in dataclasses.fields(PromptConfig)}
+
+
+def _as_flag(one: dataclasses.Field) -> tuple[str, Any, Any]:
+    """A prompt field as a command line takes it: a tuple becomes a list."""
+    default = one.default
+    if isinstance(default, tuple):
+        return one.name, list[str], field(default_factory=lambda: list(default), metadata=one.metadata)
+    return one.name, one.type, field(default=default, metadata=one.metadata)
+
+
+PromptFlags: Any = dataclasses.make_dataclass("PromptFlags", map(_as_flag, FIELDS.values()))
+
 
 @dataclass
-class RecommendationArguments:
+class RecommendationArguments(PromptFlags):
     """
     What a recommender is made of besides its weights: prompts, scoring, evaluation. Shared by all recipes.
 
     The prompt fields are [`~r2ec_trl.policy.prompts.PromptConfig`]'s; see each field's help for the rest.
     """
 
+    category: str | None = field(default=None, metadata=FIELDS["category"].metadata)  # a card's, where none is given
     prompt_preset: str | None = field(
         default=None,
         metadata={
@@ -34,30 +48,6 @@ class RecommendationArguments:
             "choices": sorted(PROMPT_PRESETS),
         },
     )
-    category: str | None = field(
-        default=None,
-        metadata={"help": "Singular words for an item, e.g. 'video game'. By default the dataset card's."},
-    )
-    marker: str = field(default="<answer>", metadata={"help": "String at which writing ends and scoring begins."})
-    closing: str = field(default="</answer>", metadata={"help": "Closing tag named in the instruction."})
-    user_template: str = field(
-        default=USER_TEMPLATE, metadata={"help": "User turn, with {category}, {marker}, {closing} and {history}."}
-    )
-    item_template: str = field(
-        default=ITEM_TEMPLATE, metadata={"help": "Item turn, with {category}, {marker}, {closing} and {fields}."}
-    )
-    item_fields: list[str] = field(
-        default_factory=lambda: ["title", "description"],
-        metadata={"help": "Item columns in the item prompt, in this order."},
-    )
-    field_words: int = field(default=100, metadata={"help": "Longest item field in words; titles are never cut."})
-    max_history_items: int = field(default=20, metadata={"help": "Newest purchases shown in the user prompt."})
-    max_prompt_length: int = field(
-        default=2048, metadata={"help": "Tokens of a user prompt; whole oldest purchases are cut."}
-    )
-    max_item_length: int = field(default=768, metadata={"help": "Tokens of an item prompt."})
-    use_ratings: bool = field(default=True, metadata={"help": "Show the user's ratings where the data have them."})
-    use_times: bool = field(default=True, metadata={"help": "Show how long ago purchases were, where known."})
     similarity: str = field(
         default="cosine",
         metadata={
@@ -93,8 +83,7 @@ class RecommendationArguments:
 
     def prompt_config(self) -> PromptConfig:
         """The [`~r2ec_trl.policy.prompts.PromptConfig`] of these arguments."""
-        names = {f.name for f in dataclasses.fields(PromptConfig)}
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in FIELDS}
         return PromptConfig(**{**values, "category": self.category or "item"})
 
     @property

@@ -1,12 +1,16 @@
 """RecPOConfig: the paper's defaults, and settings that would silently mean something else are refused."""
 
 import dataclasses
+import inspect
 
 import pytest
 from trl import GRPOConfig
 
+from r2ec_trl.cli.bundle_choice import BundleArguments
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy import settings as shared_settings
 from r2ec_trl.policy.prompts import PromptConfig
+from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
 from r2ec_trl.training.recpo_config import RecPOConfig
 
 
@@ -129,3 +133,17 @@ def test_every_field_has_help():
     ours = {f.name for f in dataclasses.fields(RecPOConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
     missing = [f.name for f in dataclasses.fields(RecPOConfig) if f.name in ours and not f.metadata.get("help")]
     assert not missing
+
+
+def test_each_prompt_field_is_stated_once():
+    """What PromptConfig says of a field (default, help) is what every command line says; only the category waits."""
+    stated = {f.name: f for f in dataclasses.fields(PromptConfig)}
+    for kind in (RecPOConfig, ContrastiveConfig, BundleArguments):
+        flags = {f.name: f for f in dataclasses.fields(kind)}
+        for name, field in stated.items():
+            default = flags[name].default_factory() if isinstance(field.default, tuple) else flags[name].default
+            expected = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert default == (None if name == "category" else expected), name
+            assert flags[name].metadata["help"] == field.metadata["help"]
+    source = inspect.getsource(shared_settings)
+    assert [name for name in stated if f"    {name}: " in source] == ["category"]
