@@ -273,7 +273,6 @@ class Bundle:
         )
         return str(commit)
 
-    # ------------------------------------------------------------------ evaluate
     def evaluate(
         self, dataset: Dataset, reasoning: str | None = None, rollouts: Sequence[Rollout] | None = None
     ) -> pl.DataFrame:
