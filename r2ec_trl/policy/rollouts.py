@@ -1,8 +1,9 @@
 """Where a rollout ends: at the token that completes the marker, the same for every backend."""
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from transformers import (
@@ -14,6 +15,8 @@ from transformers import (
 )
 
 from r2ec_trl.policy.batching import length_sorted_batches
+
+Watch: TypeAlias = Callable[[int, list[int]], bool | None]  # prompt's number, ids so far -> whether to stop it
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +123,18 @@ class MarkerCriteria(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
+class WatchCriteria(StoppingCriteria):
+    """Shows a [`Watch`] what each row of `generate` has written so far; it may end the row."""
+
+    def __init__(self, watch: Watch, numbers: Sequence[int], prompt_length: int):
+        self.watch, self.numbers, self.prompt_length = watch, numbers, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Whether each row is to end, `(batch,)`."""
+        rows = zip(self.numbers, input_ids[:, self.prompt_length :].tolist(), strict=True)
+        return torch.tensor([bool(self.watch(number, ids)) for number, ids in rows], device=input_ids.device)
+
+
 def stop_generate_at_marker(model: PreTrainedModel, reader: MarkerReader) -> None:
     """Wrap the base model's `generate` once, so that TRL's own call to it stops at the marker."""
     inner_generate = model.generate
@@ -142,6 +157,7 @@ def generate_reasoning(
     prompt_ids: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_tokens: int = 32_768,
+    watch: Watch | None = None,
 ) -> list[Rollout]:
     """
     Greedy reasoning of every prompt, up to the marker (paper §3, inference).
@@ -157,6 +173,9 @@ def generate_reasoning(
             Longest reasoning; one without a marker by then gets it appended.
         batch_tokens (`int`, *optional*, defaults to `32768`):
             Most tokens in the cache at once: rows times (longest prompt + `max_new_tokens`).
+        watch (`Callable`, *optional*):
+            Called after every token with a prompt's number and its ids so far (padded once
+            it has ended); `True` ends it.
 
     Returns:
         `list[Rollout]`: in the order of the prompts.
@@ -187,11 +206,14 @@ def generate_reasoning(
         for row, index in enumerate(batch):
             input_ids[row, length - len(prompt_ids[index]) :] = torch.tensor(prompt_ids[index])
             attention_mask[row, length - len(prompt_ids[index]) :] = 1
+        criteria: list[StoppingCriteria] = [MarkerCriteria(reader, length)]
+        if watch is not None:
+            criteria.append(WatchCriteria(watch, batch, length))
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([MarkerCriteria(reader, length)]),
+            stopping_criteria=StoppingCriteriaList(criteria),
         )
         for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
             rollouts[index] = reader.finish(ids, sorted(end_ids))

@@ -12,13 +12,14 @@ from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.items.scoring import exclusion_matrix, top_k
-from r2ec_trl.policy.rollouts import MarkerReader, Rollout, generate_reasoning
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch, generate_reasoning
 from r2ec_trl.serving.where import matching_rows
 from r2ec_trl.vllm.engine import generate_reasoning_vllm
 
 History: TypeAlias = "Sequence[str] | Mapping[str, Any]"
 
 _KEYS = ("user_id", "history", "history_titles", "history_ratings", "history_timestamps", "timestamp")
+_MASKS = 16  # filters kept for the next question that has the same
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,29 @@ class Recommendation:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class Question:
+    """
+    One user as [`Recommender.prepare`] has checked them, for [`Recommender.answer`].
+
+    Args:
+        user (`dict`):
+            The prompt's example, with the catalogue rows of its purchases under `rows`.
+        k (`int`), exclude_history (`bool`):
+            As in [`Recommender.recommend`].
+        reasoning (`str`):
+            `"full"`, `"none"` or a text.
+        allowed (`torch.Tensor` of shape `(N,)`, *optional*):
+            Items that may be recommended.
+    """
+
+    user: Mapping[str, Any]
+    k: int
+    exclude_history: bool
+    reasoning: str
+    allowed: torch.Tensor | None
+
+
 class Recommender:
     """
     Recommends from a bundle.
@@ -88,13 +112,14 @@ class Recommender:
         self.engine = engine
         self._titles_of: Any = None  # the catalogue whose titles `_by_title` holds
         self._by_title: dict[str, list[int]] = {}
+        self._masks_of: Any = None  # the catalogue that `_masks` filters
+        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | os.PathLike, *args: Any, **kwargs: Any) -> "Recommender":
         """Arguments as in [`~r2ec_trl.bundle.bundle.Bundle.load`]."""
         return cls(Bundle.load(name_or_folder, *args, **kwargs))
 
-    @torch.no_grad()
     def recommend(
         self,
         histories: Sequence[History],
@@ -135,62 +160,104 @@ class Recommender:
         Raises:
             [`UserError`]: for an empty or unknown history, unknown items or columns, a condition that is none.
         """
-        if k < 1:
-            raise UserError(f"`k` is {k}; ask for one item at least.")
         if isinstance(histories, (str, Mapping)):
             raise UserError("`histories` holds one entry a user; put a single user into a list.")
-        if not len(histories):
+        texts: Sequence[str | None] = (
+            [reasoning] * len(histories) if reasoning is None or isinstance(reasoning, str) else list(reasoning)
+        )
+        if len(texts) != len(histories):
+            raise UserError(
+                f"There are {len(texts)} reasonings for {len(histories)} users; give one text, or one each."
+            )
+        options: dict[str, Any] = {"exclude_history": exclude_history, "where": where}
+        options |= {"allow": None if allow is None else tuple(allow), "exclude": tuple(exclude)}  # read once only
+        pairs = enumerate(zip(histories, texts, strict=True))
+        return self.answer([self.prepare(user, k, reasoning=text, name=i, **options) for i, (user, text) in pairs])
+
+    def prepare(
+        self,
+        history: History,
+        k: int = 10,
+        *,
+        exclude_history: bool = True,
+        reasoning: str | None = None,
+        where: str | None = None,
+        allow: Iterable[str] | None = None,
+        exclude: Iterable[str] = (),
+        name: int = 0,
+    ) -> Question:
+        """
+        Check one user's question, so that [`Recommender.answer`] can take many together, each with its own options.
+
+        Args:
+            history, k, exclude_history, reasoning, where, allow, exclude:
+                As in [`Recommender.recommend`], of one user.
+            name (`int`, *optional*, defaults to `0`):
+                What a sentence calls a user without `user_id`.
+        """
+        if k < 1:
+            raise UserError(f"`k` is {k}; ask for one item at least.")
+        mode = self.bundle.meta["protocol"]["reasoning"] if reasoning is None else reasoning
+        return Question(self._user(history, name), k, exclude_history, mode, self._allowed(where, allow, exclude))
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[Question], watch: Watch | None = None) -> list[Recommendation]:
+        """
+        Answer questions together: one batch of reasonings, one forward, one product with the item table.
+
+        Args:
+            questions (`Sequence[Question]`):
+                Of this bundle's catalogue as it is now.
+            watch (`Callable`, *optional*):
+                Called with a question's number and its reasoning's token ids so far, as they are written; `True` ends
+                that reasoning.
+
+        Returns:
+            `list[Recommendation]`: in the order of `questions`.
+        """
+        if not questions:
             return []
-        table = self.bundle.table
-        users = [self._user(history, number) for number, history in enumerate(histories)]
-        allowed = self._allowed(where, allow, exclude)
+        table, titles = self.bundle.table, self.bundle.prompts.titles
         with self.bundle.precision():
-            states, rollouts = self._states(
-                users, self.bundle.meta["protocol"]["reasoning"] if reasoning is None else reasoning
-            )
-        excluded = exclusion_matrix([user["rows"] if exclude_history else [] for user in users], table.device)
-        scores, best = top_k(states, table.rows, k, excluded=excluded, allowed=allowed)
-        titles = self.bundle.prompts.titles
-        marker = self.bundle.prompts.config.marker
+            states, rollouts = self._states(questions, watch)
+        groups: dict[int, list[int]] = {}  # questions whose filter is the same tensor
+        for number, question in enumerate(questions):
+            groups.setdefault(id(question.allowed), []).append(number)
+        items: dict[int, list[RecommendedItem]] = {}
+        for numbers in groups.values():
+            asked = [questions[number] for number in numbers]
+            excluded = exclusion_matrix([q.user["rows"] if q.exclude_history else [] for q in asked], table.device)
+            k = max(question.k for question in asked)
+            scores, best = top_k(states[numbers], table.rows, k, excluded=excluded, allowed=asked[0].allowed)
+            for number, question, rows, values in zip(numbers, asked, best.tolist(), scores.tolist(), strict=True):
+                found = [(table.item_ids[row], value) for row, value in zip(rows, values, strict=True) if row >= 0]
+                items[number] = [RecommendedItem(one, titles[one], value) for one, value in found[: question.k]]
         texts = self.bundle.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
+        marker = self.bundle.prompts.config.marker
         return [
-            Recommendation(
-                items=[
-                    RecommendedItem(table.item_ids[row], titles[table.item_ids[row]], score)
-                    for row, score in zip(rows, values, strict=True)
-                    if row >= 0
-                ],
-                reasoning=text.split(marker)[0].strip(),
-                has_marker=rollout.has_marker,
-                user_id=user.get("user_id"),
-            )
-            for user, rollout, text, rows, values in zip(
-                users, rollouts, texts, best.tolist(), scores.tolist(), strict=True
-            )
+            Recommendation(items[i], text.split(marker)[0].strip(), rollout.has_marker, question.user.get("user_id"))
+            for i, (question, rollout, text) in enumerate(zip(questions, rollouts, texts, strict=True))
         ]
 
-    def _states(
-        self, users: Sequence[Mapping[str, Any]], reasoning: str | Sequence[str]
-    ) -> tuple[torch.Tensor, list[Rollout]]:
+    def _states(self, questions: Sequence[Question], watch: Watch | None) -> tuple[torch.Tensor, list[Rollout]]:
         """Answer states, `(users, d)`, and the rollouts they were read after."""
         bundle, protocol = self.bundle, self.bundle.meta["protocol"]
         reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
-        prompt_ids = [bundle.prompts.user_ids(user) for user in users]
-        if reasoning == "full" and self.engine is not None:
-            rollouts = generate_reasoning_vllm(self.engine, reader, prompt_ids, protocol["max_new_tokens"])
-        elif reasoning == "full":
-            rollouts = generate_reasoning(
-                bundle.model, reader, prompt_ids, protocol["max_new_tokens"], 2 * protocol["token_budget"]
-            )
+        prompt_ids = [bundle.prompts.user_ids(question.user) for question in questions]
+        written = [number for number, question in enumerate(questions) if question.reasoning == "full"]
+        asked, limit = [prompt_ids[number] for number in written], protocol["max_new_tokens"]
+        seen = None if watch is None else (lambda row, ids: watch(written[row], ids))
+        if self.engine is not None and written:
+            made = generate_reasoning_vllm(self.engine, reader, asked, limit, seen)
         else:
-            texts = [reasoning] * len(users) if isinstance(reasoning, str) else list(reasoning)
-            if len(texts) != len(users):
-                raise UserError(
-                    f"There are {len(texts)} reasonings for {len(users)} users; give one text, or one each."
-                )
-            texts = ["" if text == "none" else text for text in texts]
-            given = [bundle.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            rollouts = [reader.finish(ids, end_ids=[]) for ids in given]
+            made = generate_reasoning(bundle.model, reader, asked, limit, 2 * protocol["token_budget"], seen)
+        by_number = dict(zip(written, made, strict=True))
+        for number, question in enumerate(questions):
+            if number not in by_number:
+                text = "" if question.reasoning == "none" else question.reasoning
+                ids = bundle.tokenizer(text, add_special_tokens=False)["input_ids"]
+                by_number[number] = reader.finish(ids, end_ids=[])
+        rollouts = [by_number[number] for number in range(len(questions))]
         sequences = [list(ids) + rollout.ids for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
         states = make_encoder(bundle.model, bundle.prompts, protocol["token_budget"])(sequences)
         return bundle.table.project(states).to(bundle.table.device), rollouts
@@ -238,10 +305,18 @@ class Recommender:
 
     def _allowed(self, where: str | None, allow: Iterable[str] | None, exclude: Iterable[str]) -> torch.Tensor | None:
         """Mask of the items that may be recommended, `(N,)`; `None` for all."""
-        table = self.bundle.table
-        refused = list(exclude)
+        refused = tuple(exclude)
         if where is None and allow is None and not refused:
             return None
+        key = (where, allow if allow is None else tuple(allow), refused)
+        if self._masks_of is not self.bundle.items or len(self._masks) >= _MASKS:
+            self._masks_of, self._masks = self.bundle.items, {}
+        if key not in self._masks:
+            self._masks[key] = self._mask(*key)
+        return self._masks[key]
+
+    def _mask(self, where: str | None, allow: Sequence[str] | None, refused: Sequence[str]) -> torch.Tensor:
+        table = self.bundle.table
         mask = torch.ones(len(table), dtype=torch.bool)
         if allow is not None:
             mask.zero_()

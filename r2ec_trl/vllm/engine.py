@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from r2ec_trl.policy.rollouts import MarkerReader, Rollout
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch
 from r2ec_trl.vllm.guards import check_evaluated, check_installed, kernel_rank
 
 MEMORY_FOLDER = "/dev/shm"  # files here are memory; the usual temporary folder where there is none
@@ -105,7 +105,11 @@ def use_adapter(llm: Any, request: Any) -> None:
 
 @torch.no_grad()
 def generate_reasoning_vllm(
-    llm: Any, reader: MarkerReader, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int
+    llm: Any,
+    reader: MarkerReader,
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    watch: Watch | None = None,
 ) -> list[Rollout]:
     """
     Greedy reasoning of every prompt, as [`~r2ec_trl.policy.rollouts.generate_reasoning`] but through vLLM,
@@ -120,6 +124,8 @@ def generate_reasoning_vllm(
             Token ids of the user prompts.
         max_new_tokens (`int`):
             Longest reasoning.
+        watch (`Callable`, *optional*):
+            Called with a prompt's number and its ids once they are whole.
 
     Returns:
         `list[Rollout]`: in the order of the prompts.
@@ -134,5 +140,8 @@ def generate_reasoning_vllm(
     )
     prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
     outputs = llm.generate(prompts, sampling_params=params, use_tqdm=False)
+    if watch is not None:
+        for number, output in enumerate(outputs):
+            watch(number, list(output.outputs[0].token_ids))
     end_ids = sorted(stop_ids | {tokenizer.pad_token_id})
     return [reader.finish(list(output.outputs[0].token_ids), end_ids) for output in outputs]

@@ -69,6 +69,30 @@ def test_a_batch_is_many_single_users(recommender, shop):
     assert recommender.recommend([]) == []
 
 
+def test_questions_with_options_of_their_own_are_answered_together(recommender):
+    asked = [
+        {"history": ["i00", "i12"], "k": 3},
+        {"history": ["i31"], "k": 2, "where": "price < 30", "reasoning": "none"},
+        {"history": ["i05"], "k": 40, "exclude_history": False, "exclude": ["i01"]},
+        {"history": {"history": ["i02"], "user_id": "ann"}, "k": 1, "allow": ["i09", "i31"], "reasoning": "a drum"},
+        {"history": ["i39"], "k": 4, "where": "price < 30"},
+    ]
+    together = recommender.answer([recommender.prepare(**one) for one in asked])
+    for one, result in zip(asked, together, strict=True):
+        [alone] = recommender.recommend([one["history"]], **{key: one[key] for key in one if key != "history"})
+        assert ids(alone) == ids(result) and (alone.reasoning, alone.user_id) == (result.reasoning, result.user_id)
+
+
+def test_a_watch_sees_every_token_and_ends_a_reasoning(recommender):
+    questions = [recommender.prepare(["i00"]), recommender.prepare(["i31", "i12"])]
+    whole, seen = recommender.answer(questions), {0: [], 1: []}
+    assert recommender.answer(questions, lambda number, ids: seen[number].append(ids)) == whole
+    assert [len(ids) for ids in seen[0]] == list(range(1, len(seen[0]) + 1)) and len(seen[0]) > 2
+    stopped = recommender.answer(questions, lambda number, ids: number == 0 and len(ids) == 2)
+    assert stopped[1].reasoning == whole[1].reasoning
+    assert stopped[0].reasoning != whole[0].reasoning and whole[0].reasoning.startswith(stopped[0].reasoning)
+
+
 def test_history_allow_and_exclude(recommender):
     [everything] = recommender.recommend([["i00", "i01"]], 100, exclude_history=False)
     [rest] = recommender.recommend([["i00", "i01"]], 100)
