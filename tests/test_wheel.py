@@ -27,17 +27,20 @@ def wheel(tmp_path_factory):
 
 def test_package_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = {name.split(".data/data/")[-1] for name in archive.namelist()}
+        names = set(archive.namelist())
     policy = {path.name for path in (ROOT / "r2ec_trl" / "demo_policy").iterdir()}
     assert {"r2ec_trl/py.typed", *(f"r2ec_trl/demo_policy/{name}" for name in policy)} <= names
     for folder, pattern in (
         ("recipes", "*.py"),
+        ("recipes/benchmarks", "*.py"),
         ("recipes/configs", "*.yaml"),
         ("accelerate_configs", "*.yaml"),
         ("deepspeed_configs", "*.json"),
     ):
-        files = {f"share/r2ec_trl/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)}
+        files = {f"r2ec_trl/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)}
         assert files and files <= names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "r2ec_trl").rglob("*.py")}
+    assert modules <= names
     assert not [name for name in names if name.startswith("tests/")]
 
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -21,11 +20,11 @@ ARGS are the recipe's own: `r2ec NAME --help`. `--launch zero2` (or a file) trai
 
 def home() -> Path:
     """The folder that holds `recipes/` and `accelerate_configs/`: a clone, or what the wheel installed."""
-    clone = Path(__file__).parents[2]
-    for folder in (clone, Path(sysconfig.get_path("data")) / "share" / "r2ec_trl"):
+    package = Path(__file__).parents[1]
+    for folder in (package.parent, package):
         if (folder / "recipes" / "recpo.py").is_file():
             return folder
-    raise UserError(f"The recipes are neither in {clone} nor beside the installed package; install r2ec_trl again.")
+    raise UserError(f"The recipes are neither beside nor inside {package}; install r2ec_trl again.")
 
 
 def recipes() -> dict[str, Path]:

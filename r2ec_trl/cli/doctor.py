@@ -69,11 +69,9 @@ def machine() -> list[str]:
         f"free {shutil.disk_usage('.').free / 2**30:.1f} GiB",
     ]
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        lines.append(
-            f"GPU {index}: {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
-        )
+        free, total = (count / 2**30 for count in torch.cuda.mem_get_info(index))
+        gpu = torch.cuda.get_device_name(index)
+        lines.append(f"GPU {index}: {gpu}, {free:.1f} of {total:.1f} GiB free, CUDA {torch.version.cuda}")
     return lines if torch.cuda.is_available() else [*lines, "no GPU that torch sees"]
 
 
