@@ -65,8 +65,8 @@ def machine() -> list[str]:
     lines = [
         f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads",
-        f"memory {os.sysconf('SC_PHYS_PAGES') * pages:.1f} GiB, free {os.sysconf('SC_AVPHYS_PAGES') * pages:.1f}; disk "
-        f"free {shutil.disk_usage('.').free / 2**30:.1f} GiB",
+        f"memory {os.sysconf('SC_PHYS_PAGES') * pages:.1f} GiB, free {os.sysconf('SC_AVPHYS_PAGES') * pages:.1f}; "
+        f"disk free {shutil.disk_usage('.').free / 2**30:.1f} GiB",
     ]
     for index in range(torch.cuda.device_count()):
         free, total = (count / 2**30 for count in torch.cuda.mem_get_info(index))
