@@ -31,7 +31,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "recommender": ("serving.recommender", "serving.where"),
     "recpo_config": ("training.recpo_config", "policy.settings"),
     "recpo_trainer": ("training.recpo_trainer",),
-    "rollouts": ("policy.rollouts",),
+    "rollouts": ("policy.rollouts", "policy.generation"),
     "vllm_engine": ("vllm.engine",),
 }
 

@@ -30,8 +30,7 @@ from r2ec_trl.cli.run_end import first_rows, write_evaluation
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows
 from r2ec_trl.policy.loading import PolicyArguments
-from r2ec_trl.policy.rollouts import MarkerReader, Rollout, generate_reasoning
-from r2ec_trl.vllm.engine import generate_reasoning_vllm
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 
 
 @dataclass
@@ -49,17 +48,12 @@ class EvaluateArguments(BundleArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of whose reasoning is swapped."})
 
 
-def reasonings(
-    args: EvaluateArguments, bundle: Bundle, reader: MarkerReader, users: Dataset, accelerator: Accelerator
-) -> list[Rollout]:
+def reasonings(args: EvaluateArguments, bundle: Bundle, users: Dataset, accelerator: Accelerator) -> list[Rollout]:
     """Greedy reasonings of all users, by the engine that is named; each process writes those of its own."""
-    protocol = bundle.meta["protocol"]
     prompt_ids = [bundle.prompts.user_ids(user) for user in own_rows(users, accelerator)]
-    if args.engine == "vllm":
-        return generate_reasoning_vllm(engine_of(args, bundle), reader, prompt_ids, protocol["max_new_tokens"])
-    budget = 2 * protocol["token_budget"]
+    reasoner = bundle.reasoner(engine_of(args, bundle))
     with bundle.precision():
-        mine = generate_reasoning(bundle.model, reader, prompt_ids, protocol["max_new_tokens"], budget)
+        mine = reasoner(prompt_ids, bundle.meta["protocol"]["max_new_tokens"])
     every: list[list[Rollout]] = gather_object([mine])
     return [every[row % len(every)][row // len(every)] for row in range(len(users))]
 
@@ -85,7 +79,7 @@ def main() -> None:
     reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
     modes = args.reasoning or [bundle.meta["protocol"]["reasoning"]]
     with torch.no_grad():
-        known = [] if set(modes) == {"none"} else reasonings(args, bundle, reader, users, accelerator)
+        known = [] if set(modes) == {"none"} else reasonings(args, bundle, users, accelerator)
     for mode in modes:
         rollouts = alter_reasoning(known or [reader.finish([], end_ids=[])] * len(users), reader, mode, args.seed)
         own = rollouts[accelerator.process_index :: accelerator.num_processes] or rollouts[:1]

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,11 @@ from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy import loading
 from r2ec_trl.policy.adapters import adapter_parameters
 from r2ec_trl.policy.answer_state import add_answer_state
+from r2ec_trl.policy.generation import generate_reasoning
 from r2ec_trl.policy.loading import DEMO, PolicyArguments, dtype_name, load_policy, quantization_of
 from r2ec_trl.policy.prompts import PromptConfig, Prompts
-from r2ec_trl.policy.rollouts import Rollout
+from r2ec_trl.policy.rollouts import MarkerReader, Reasoner, Rollout
+from r2ec_trl.vllm.engine import generate_reasoning_vllm
 
 PROTOCOL_KEYS = ("reasoning", "max_new_tokens", "item_temperature", "token_budget")
 
@@ -119,7 +122,6 @@ class Bundle:
             | {"r2ec_trl": __version__},
         }
 
-    # ------------------------------------------------------------- load and save
     @classmethod
     def load(
         cls,
@@ -252,12 +254,7 @@ class Bundle:
             self._write_meta(self.folder)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """
-        Upload the bundle; a catalogue that it replaced is deleted there.
-
-        Returns:
-            `str`: address of the commit.
-        """
+        """Upload the bundle; a catalogue that it replaced is deleted there. Returns the commit's address."""
         if self.folder is None:
             raise UserError(
                 "This bundle lies in no local folder; `save` it first and push what `Bundle.load` returns."
@@ -291,6 +288,14 @@ class Bundle:
                 rollouts=rollouts,
             )
 
+    def reasoner(self, engine: Any = None) -> Reasoner:
+        """What writes the reasonings: a `vllm.LLM` where one is given, else the model itself."""
+        reader = MarkerReader(self.tokenizer, self.prompts.config.marker)
+        if engine is not None:
+            return partial(generate_reasoning_vllm, engine, reader)
+        budget = 2 * self.meta["protocol"]["token_budget"]
+        return partial(generate_reasoning, self.model, reader, batch_tokens=budget)
+
     def settings(self) -> dict[str, Any]:
         """What of the bundle decides a figure: model, prompts, similarity and protocol."""
         similarity = {"model": self.meta["base_model"], "similarity": self.meta["similarity"]}
@@ -304,14 +309,8 @@ class Bundle:
     @torch.no_grad()
     def staleness(self, sample: int = 256) -> dict[str, float]:
         """
-        How far the item table lies from what the weights would encode now.
-
-        Args:
-            sample (`int`, *optional*, defaults to `256`):
-                Rows looked at, evenly spaced.
-
-        Returns:
-            `dict`: `mean_drift` and `max_drift`, where a drift is 1 - cosine(row, row encoded now), and `rows`.
+        How far the item table lies from what the weights encode now, at `sample` evenly spaced rows: `mean_drift` and
+        `max_drift`, where a drift is 1 - cosine(row, row encoded now), and `rows`.
         """
         indices = list(range(0, len(self.table), max(1, -(-len(self.table) // sample))))
         fresh = self._encode([self.table.token_ids[row] for row in indices])
@@ -323,7 +322,6 @@ class Bundle:
         with torch.no_grad(), self.precision():
             return self.table.project(encoder(sequences)).to(self.table.device)
 
-    # ------------------------------------------------------- change the catalogue
     def add_items(self, new_items: Rows) -> None:
         """
         Add items; they can be recommended at once. Only they are encoded.

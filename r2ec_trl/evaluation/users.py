@@ -1,7 +1,9 @@
 """Greedy reasoning, then the whole catalogue: the one evaluator of every trainer and recipe."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,8 +18,9 @@ from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.items.scoring import exclusion_matrix
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.metrics import summarise_ranks
+from r2ec_trl.policy.generation import generate_reasoning
 from r2ec_trl.policy.prompts import Prompts
-from r2ec_trl.policy.rollouts import MarkerReader, Rollout, generate_reasoning
+from r2ec_trl.policy.rollouts import MarkerReader, Reasoner, Rollout, Watch
 
 REASONING_MODES = ("full", "none", "truncated", "other")
 
@@ -53,6 +56,53 @@ def alter_reasoning(rollouts: Sequence[Rollout], reader: MarkerReader, reasoning
 
 
 @torch.no_grad()
+def answer_users(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    table: ItemTable,
+    users: Iterable[Mapping[str, Any]],
+    reasoner: Reasoner,
+    max_new_tokens: int,
+    token_budget: int,
+    reasonings: Sequence[str],
+    watch: Watch | None = None,
+) -> tuple[torch.Tensor, list[Rollout]]:
+    """
+    Reason about each user, then read the answer state (paper §3): what trainers, evaluation and serving all do.
+
+    Args:
+        model, prompts, table:
+            The policy, its prompt maker and the item table encoded with it.
+        users (`Iterable[Mapping]`):
+            What the prompts use.
+        reasoner ([`~r2ec_trl.policy.rollouts.Reasoner`]):
+            Writes the reasonings.
+        max_new_tokens (`int`), token_budget (`int`):
+            Longest reasoning, and tokens of a forward.
+        reasonings (`Sequence[str]`):
+            One a user: `"full"` (the reasoner's), `"none"` (the marker at once) or a text to take as it is.
+        watch (`Callable`, *optional*):
+            See [`~r2ec_trl.policy.rollouts.Reasoner`]; it gets the user's number.
+
+    Returns:
+        Answer states as the table scores them, `(users, d)` on its device, and the rollouts they were read after.
+    """
+    reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
+    prompt_ids = [prompts.user_ids(user) for user in users]
+    written = [number for number, reasoning in enumerate(reasonings) if reasoning == "full"]
+    seen = None if watch is None else (lambda row, ids: watch(written[row], ids))
+    made = reasoner([prompt_ids[number] for number in written], max_new_tokens, watch=seen) if written else []
+    rollouts = dict(zip(written, made, strict=True))
+    for number in set(range(len(prompt_ids))).difference(written):
+        text = "" if reasonings[number] == "none" else reasonings[number]
+        ids = prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
+        rollouts[number] = reader.finish(ids, end_ids=[])
+    sequences = [list(ids) + rollouts[number].ids for number, ids in enumerate(prompt_ids)]
+    states = table.project(make_encoder(model, prompts, token_budget)(sequences)).to(table.device)
+    return states, [rollouts[number] for number in range(len(prompt_ids))]
+
+
+@torch.no_grad()
 def evaluate_users(
     model: PreTrainedModel,
     prompts: Prompts,
@@ -64,6 +114,7 @@ def evaluate_users(
     token_budget: int = 16_384,
     num_top_items: int = 10,
     rollouts: Sequence[Rollout] | None = None,
+    reasoner: Reasoner | None = None,
 ) -> pl.DataFrame:
     """
     Rank every user's target in the whole catalogue, with the history masked and not.
@@ -82,29 +133,30 @@ def evaluate_users(
         num_top_items (`int`, *optional*, defaults to `10`):
             Length of `top_item_ids` (history not masked).
         rollouts (`Sequence[Rollout]`, *optional*):
-            Each user's own rollout where it is known already; otherwise greedy ones are generated.
+            Each user's own rollout where it is known already.
+        reasoner ([`~r2ec_trl.policy.rollouts.Reasoner`], *optional*):
+            Writes them otherwise; by default the policy itself, greedily.
 
     Returns:
         `polars.DataFrame`: one row a user, in order: `user_id`, `target`, `rank`, `rank_masked` (1-based, ties against
         the target; a masked repeat is rank N+1), `logprob`, `reasoning`, `reasoning_tokens`, `has_marker`,
         `top_item_ids`.
     """
-    prompt_ids = [prompts.user_ids(example) for example in dataset]
     reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
-    if rollouts is None and reasoning == "none":
-        rollouts = [reader.finish([], end_ids=[])] * len(prompt_ids)
-    elif rollouts is None:
-        rollouts = generate_reasoning(model, reader, prompt_ids, max_new_tokens, 2 * token_budget)
-    rollouts = alter_reasoning(rollouts, reader, reasoning)
-    sequences = [list(ids) + rollout.ids for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
-    states = table.project(make_encoder(model, prompts, token_budget)(sequences)).to(table.device)
+    engine = reasoner or partial(generate_reasoning, model, reader, batch_tokens=2 * token_budget)
+
+    def reason(*question: Any, **options: Any) -> list[Rollout]:
+        return alter_reasoning(engine(*question, **options) if rollouts is None else rollouts, reader, reasoning)
+
+    modes = ["none" if reasoning == "none" else "full"] * len(dataset)
+    states, used = answer_users(model, prompts, table, dataset, reason, max_new_tokens, token_budget, modes)
     histories = [table.row_indices(history) for history in dataset["history"]]
     excluded = exclusion_matrix(histories, table.device)
     targets = torch.tensor(table.row_indices(dataset["target"]), device=table.device)
     scores = table.rank(states, targets, temperature=temperature)
     masked = table.rank(states, targets, temperature=temperature, excluded=excluded, keep_target=False)
     _, best = table.best(states, num_top_items)
-    texts = prompts.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
+    texts = prompts.tokenizer.batch_decode([rollout.ids for rollout in used], skip_special_tokens=True)
     return pl.DataFrame(
         {
             "user_id": dataset["user_id"][:],
@@ -113,8 +165,8 @@ def evaluate_users(
             "rank_masked": masked.rank.tolist(),
             "logprob": scores.logprob.tolist(),
             "reasoning": texts,
-            "reasoning_tokens": [sum(rollout.trained) for rollout in rollouts],
-            "has_marker": [rollout.has_marker for rollout in rollouts],
+            "reasoning_tokens": [sum(rollout.trained) for rollout in used],
+            "has_marker": [rollout.has_marker for rollout in used],
             "top_item_ids": [[table.item_ids[row] for row in rows] for rows in best.tolist()],
         }
     )

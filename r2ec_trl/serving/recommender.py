@@ -10,11 +10,10 @@ import torch
 
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.errors import UserError
-from r2ec_trl.items.encoding import make_encoder
+from r2ec_trl.evaluation.users import answer_users
 from r2ec_trl.items.scoring import exclusion_matrix, top_k
-from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch, generate_reasoning
+from r2ec_trl.policy.rollouts import Watch
 from r2ec_trl.serving.where import matching_rows
-from r2ec_trl.vllm.engine import generate_reasoning_vllm
 
 History: TypeAlias = "Sequence[str] | Mapping[str, Any]"
 
@@ -217,9 +216,19 @@ class Recommender:
         """
         if not questions:
             return []
-        table, titles = self.bundle.table, self.bundle.prompts.titles
-        with self.bundle.precision():
-            states, rollouts = self._states(questions, watch)
+        bundle, table, titles = self.bundle, self.bundle.table, self.bundle.prompts.titles
+        with bundle.precision():
+            states, rollouts = answer_users(
+                bundle.model,
+                bundle.prompts,
+                table,
+                [question.user for question in questions],
+                bundle.reasoner(self.engine),
+                bundle.meta["protocol"]["max_new_tokens"],
+                bundle.meta["protocol"]["token_budget"],
+                [question.reasoning for question in questions],
+                watch,
+            )
         groups: dict[int, list[int]] = {}  # questions whose filter is the same tensor
         for number, question in enumerate(questions):
             groups.setdefault(id(question.allowed), []).append(number)
@@ -232,35 +241,12 @@ class Recommender:
             for number, question, rows, values in zip(numbers, asked, best.tolist(), scores.tolist(), strict=True):
                 found = [(table.item_ids[row], value) for row, value in zip(rows, values, strict=True) if row >= 0]
                 items[number] = [RecommendedItem(one, titles[one], value) for one, value in found[: question.k]]
-        texts = self.bundle.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
-        marker = self.bundle.prompts.config.marker
+        texts = bundle.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
+        marker = bundle.prompts.config.marker
         return [
             Recommendation(items[i], text.split(marker)[0].strip(), rollout.has_marker, question.user.get("user_id"))
             for i, (question, rollout, text) in enumerate(zip(questions, rollouts, texts, strict=True))
         ]
-
-    def _states(self, questions: Sequence[Question], watch: Watch | None) -> tuple[torch.Tensor, list[Rollout]]:
-        """Answer states, `(users, d)`, and the rollouts they were read after."""
-        bundle, protocol = self.bundle, self.bundle.meta["protocol"]
-        reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
-        prompt_ids = [bundle.prompts.user_ids(question.user) for question in questions]
-        written = [number for number, question in enumerate(questions) if question.reasoning == "full"]
-        asked, limit = [prompt_ids[number] for number in written], protocol["max_new_tokens"]
-        seen = None if watch is None else (lambda row, ids: watch(written[row], ids))
-        if self.engine is not None and written:
-            made = generate_reasoning_vllm(self.engine, reader, asked, limit, seen)
-        else:
-            made = generate_reasoning(bundle.model, reader, asked, limit, 2 * protocol["token_budget"], seen)
-        by_number = dict(zip(written, made, strict=True))
-        for number, question in enumerate(questions):
-            if number not in by_number:
-                text = "" if question.reasoning == "none" else question.reasoning
-                ids = bundle.tokenizer(text, add_special_tokens=False)["input_ids"]
-                by_number[number] = reader.finish(ids, end_ids=[])
-        rollouts = [by_number[number] for number in range(len(questions))]
-        sequences = [list(ids) + rollout.ids for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
-        states = make_encoder(bundle.model, bundle.prompts, protocol["token_budget"])(sequences)
-        return bundle.table.project(states).to(bundle.table.device), rollouts
 
     def _user(self, history: History, number: int) -> dict[str, Any]:
         """A prompt's example, with the catalogue rows of its purchases under `rows`."""

@@ -14,8 +14,9 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
 from r2ec_trl.items.scoring import CatalogueScores, exclusion_matrix
 from r2ec_trl.policy.answer_state import add_answer_state
+from r2ec_trl.policy.generation import stop_generate_at_marker
 from r2ec_trl.policy.prompts import Prompts
-from r2ec_trl.policy.rollouts import MarkerReader, stop_generate_at_marker
+from r2ec_trl.policy.rollouts import MarkerReader
 from r2ec_trl.rewards import checked_reward, load_reward
 from r2ec_trl.training.checkpoints import WholeCheckpoints
 from r2ec_trl.training.faults import FaultStops

@@ -112,7 +112,7 @@ def generate_reasoning_vllm(
     watch: Watch | None = None,
 ) -> list[Rollout]:
     """
-    Greedy reasoning of every prompt, as [`~r2ec_trl.policy.rollouts.generate_reasoning`] but through vLLM,
+    Greedy reasoning of every prompt, as [`~r2ec_trl.policy.generation.generate_reasoning`] but through vLLM,
     which batches by itself.
 
     Args:
@@ -132,16 +132,14 @@ def generate_reasoning_vllm(
     """
     from vllm import SamplingParams
 
-    tokenizer = reader.tokenizer
-    eos = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
-    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    stop_ids = reader.stop_ids(llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id"))
     params = SamplingParams(
-        temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(stop_ids), **marker_stop(reader.marker)
+        temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stop_ids, **marker_stop(reader.marker)
     )
     prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
     outputs = llm.generate(prompts, sampling_params=params, use_tqdm=False)
     if watch is not None:
         for number, output in enumerate(outputs):
             watch(number, list(output.outputs[0].token_ids))
-    end_ids = sorted(stop_ids | {tokenizer.pad_token_id})
+    end_ids = [*stop_ids, reader.tokenizer.pad_token_id]
     return [reader.finish(list(output.outputs[0].token_ids), end_ids) for output in outputs]

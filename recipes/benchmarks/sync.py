@@ -19,9 +19,10 @@ from peft import get_peft_model
 from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
 from r2ec_trl.cli.parsing import parse
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.generation import generate_reasoning
 from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
 from r2ec_trl.policy.prompts import Prompts
-from r2ec_trl.policy.rollouts import MarkerReader, Rollout, generate_reasoning
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.vllm.engine import generate_reasoning_vllm, load_engine
 from r2ec_trl.vllm.sync import AdapterSync, MergedSync

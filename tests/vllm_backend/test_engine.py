@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.policy.rollouts import MarkerReader, generate_reasoning
+from r2ec_trl.policy.generation import generate_reasoning
+from r2ec_trl.policy.rollouts import MarkerReader
 from r2ec_trl.vllm.engine import generate_reasoning_vllm, load_engine
 
 pytestmark = pytest.mark.vllm

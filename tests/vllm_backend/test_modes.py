@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_engine import cpu_engine  # noqa: F401 (a fixture)
 
+from r2ec_trl.policy.generation import generate_reasoning
 from r2ec_trl.policy.loading import PolicyArguments, load_policy
-from r2ec_trl.policy.rollouts import generate_reasoning
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
