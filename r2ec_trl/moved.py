@@ -27,7 +27,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "evaluation_report": ("evaluation.report",),
     "loading": ("policy.loading", "cli.dataset_choice"),
     "objective": ("training.objective",),
-    "prompts": ("policy.prompts",),
+    "prompts": ("policy.prompts", "policy.chat"),
     "recommender": ("serving.recommender", "serving.where"),
     "recpo_config": ("training.recpo_config", "policy.settings"),
     "recpo_trainer": ("training.recpo_trainer",),

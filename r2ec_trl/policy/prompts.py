@@ -6,13 +6,15 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.chat import Chat, Messages, template_options
+from r2ec_trl.policy.plain_text import PlainText
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +24,12 @@ USER_TEMPLATE = (
     "and {closing}, for example {marker} a {category} that fits {closing}.\n\nPurchases, oldest first:\n{history}"
 )
 ITEM_TEMPLATE = "Summarise the key attributes of the following {category} inside {marker} and {closing}.\n\n{fields}"
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
 FIELD_LABELS = {"average_rating": "Average rating", "rating_number": "Number of buyers"}
+MAX_SHARING = 10  # a catalogue with fewer different prompts than one for so many titles shows the wrong columns
+LATER_FIELDS = (
+    "prompt_date",
+    "chat_template_kwargs",
+)  # not in fingerprints of 0.1.0; at their defaults they say nothing
 _UNITS = ((31_536_000, "year"), (2_592_000, "month"), (604_800, "week"), (86_400, "day"), (3_600, "hour"))
 
 
@@ -56,6 +59,10 @@ class PromptConfig:
     max_item_length: int = _field(768, "Tokens of an item prompt.")
     use_ratings: bool = _field(True, "Show the user's ratings where the data have them.")
     use_times: bool = _field(True, "Show how long ago purchases were, where known.")
+    prompt_date: str = _field("2024-07-26", "Day (YYYY-MM-DD) that a chat template is told: prompts know no clock.")
+    chat_template_kwargs: dict | str | None = _field(
+        None, 'Variables of the chat template as a JSON object, such as {"enable_thinking": false}.'
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "item_fields", tuple(self.item_fields))
@@ -66,10 +73,18 @@ class PromptConfig:
             raise UserError("`marker` is empty; give the string at which the model recommends, such as '<answer>'.")
         if self.max_history_items < 1:
             raise UserError(f"`max_history_items` is {self.max_history_items}; show at least the newest purchase.")
+        object.__setattr__(self, "prompt_date", str(self.prompt_date))
+        object.__setattr__(self, "chat_template_kwargs", template_options(self.chat_template_kwargs) or None)
+        try:
+            date.fromisoformat(self.prompt_date)
+        except ValueError as error:
+            raise UserError(f"`prompt_date` is {self.prompt_date!r}; give a day as YYYY-MM-DD.") from error
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of every field: equal for equal prompts."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 (hex) of every field: equal for equal prompts, whichever version of this library made them."""
+        fields = {one.name: one.default for one in dataclasses.fields(self) if one.name in LATER_FIELDS}
+        said = {name: value for name, value in dataclasses.asdict(self).items() if fields.get(name, ...) != value}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def time_since(seconds: float) -> str:
@@ -86,27 +101,6 @@ def time_since(seconds: float) -> str:
     return "within the hour"
 
 
-def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a chat template the built-in plain one, said once; pad with EOS where no pad is set."""
-    if tokenizer.chat_template is None:
-        logger.warning("The tokenizer has no chat template: using the plain 'User: … Assistant: …' one.")
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-def leading_turns(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    """The turns before the user's: none, or an empty system turn where the template would add a default one."""
-    user, system = {"role": "user", "content": "x"}, {"role": "system", "content": ""}
-    plain = tokenizer.apply_chat_template([user], tokenize=False)
-    try:
-        emptied = tokenizer.apply_chat_template([system, user], tokenize=False)
-    except TemplateError as refusal:
-        logger.debug("The chat template takes no system turn: %s", refusal)
-        return []
-    return [system] if len(emptied) < len(plain) else []
-
-
 class Prompts:
     """
     Makes user and item prompts for one tokenizer and one catalogue.
@@ -121,18 +115,22 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, item_dataset: Dataset):
-        ensure_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
+        self.chat = Chat(tokenizer, config.prompt_date, template_options(config.chat_template_kwargs))
+        self.plain = PlainText(tokenizer, (config.marker, config.closing))
         self.titles: dict[str, str] = dict(
             zip(item_dataset["item_id"][:], item_dataset["title"][:], strict=True)  # [:] reads a column at once
         )
         self.marker_ids: list[int] = tokenizer(config.marker, add_special_tokens=False)["input_ids"]
-        self._leading = leading_turns(tokenizer)
+        self._neutral = {
+            template: self.chat.ids(self._messages(template, "x"))
+            for template in (config.user_template, config.item_template)
+        }
         if absent := [name for name in config.item_fields if name not in item_dataset.column_names]:
             logger.warning("The catalogue has no column %s: item prompts go without.", ", ".join(absent))
 
-    def user_messages(self, example: Mapping[str, Any]) -> list[dict[str, str]]:
+    def user_messages(self, example: Mapping[str, Any]) -> Messages:
         """
         Chat messages of a user prompt; as many of the newest purchases as fit `max_prompt_length` tokens.
 
@@ -144,21 +142,25 @@ class Prompts:
         Raises:
             [`UserError`]: if the instruction and the newest purchase alone are too long.
         """
-        lines = self._purchase_lines(example)[-self.config.max_history_items :]
-        if not lines:
-            raise UserError(f"User {example.get('user_id', '?')} has an empty history; give at least one purchase.")
-        for start in range(len(lines)):
-            messages = self._messages(self.config.user_template, history="\n".join(lines[start:]))
-            if len(self.ids(messages)) <= self.config.max_prompt_length:
-                return messages
-        raise UserError(
-            f"User {example.get('user_id', '?')}: the instruction and the newest purchase take "
-            f"{len(self.ids(messages))} tokens; raise `max_prompt_length` ({self.config.max_prompt_length})."
-        )
+        return self._user_turn(example)[0]
 
     def user_ids(self, example: Mapping[str, Any]) -> list[int]:
         """Token ids of a user prompt, generation prompt included."""
-        return self.ids(self.user_messages(example))
+        return self._user_turn(example)[1]
+
+    def _user_turn(self, example: Mapping[str, Any]) -> tuple[Messages, list[int]]:
+        name = f"User {example.get('user_id', '?')}"
+        lines = self._purchase_lines(example)[-self.config.max_history_items :]
+        if not lines:
+            raise UserError(f"{name} has an empty history; give at least one purchase.")
+        for start in range(len(lines)):
+            messages, ids = self._turn(self.config.user_template, lines[start:], name)
+            if len(ids) <= self.config.max_prompt_length:
+                return messages, ids
+        raise UserError(
+            f"{name}: the instruction and the newest purchase take {len(ids)} tokens; raise `max_prompt_length` "
+            f"({self.config.max_prompt_length})."
+        )
 
     def item_ids(self, item: Mapping[str, Any]) -> list[int]:
         """
@@ -169,7 +171,7 @@ class Prompts:
         limit = self.config.max_item_length - len(self.marker_ids)
         words = {name: self._field(item, name).split() for name in self.config.item_fields}
         words = {name: text if name == "title" else text[: self.config.field_words] for name, text in words.items()}
-        ids = self._item_ids(words)
+        ids = self._item_ids(words, item)
         while len(ids) > limit:
             name = next((name for name in reversed(words) if name != "title" and words[name]), None)
             if name is None:
@@ -179,33 +181,61 @@ class Prompts:
                 )
             keep = min(len(words[name]) - 1, int(len(words[name]) * limit / len(ids)))
             words[name] = words[name][:keep]
-            ids = self._item_ids(words)
+            ids = self._item_ids(words, item)
         return ids + self.marker_ids
-
-    def ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of chat messages with the generation prompt, as TRL makes them."""
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
 
     def fingerprint(self, dataset: Dataset) -> str:
         """Fingerprint for [`~datasets.Dataset.map`] of a dataset that these prompts are added to."""
-        return hashlib.sha256((dataset._fingerprint + self.config.fingerprint()).encode()).hexdigest()[:16]
+        return hashlib.sha256((dataset._fingerprint + self.rendered_fingerprint()).encode()).hexdigest()[:16]
+
+    def rendered_fingerprint(self) -> str:
+        """SHA-256 (hex) of the fields and of the token ids that template and tokenizer make around the data."""
+        return hashlib.sha256(
+            (self.config.fingerprint() + json.dumps(list(self._neutral.values()))).encode()
+        ).hexdigest()
 
     def catalogue_ids(self, item_dataset: Iterable[Mapping[str, Any]]) -> list[list[int]]:
-        """Item prompts' token ids for a whole catalogue, in its order."""
-        return [self.item_ids(item) for item in item_dataset]
+        """
+        Item prompts' token ids for a whole catalogue, in its order.
 
-    def _item_ids(self, words: Mapping[str, list[str]]) -> list[int]:
+        Raises:
+            [`UserError`]: if the prompts are (nearly) all the same while the titles are not.
+        """
+        ids, titles = [], set()
+        for item in item_dataset:
+            ids.append(self.item_ids(item))
+            titles.add(item.get("title"))
+        if len(titles) > 1 and (distinct := len(set(map(tuple, ids)))) * MAX_SHARING <= max(len(titles), MAX_SHARING):
+            raise UserError(
+                f"{len(titles):,} titles make only {distinct:,} different item prompts, so no item can be told from "
+                f"another; `item_fields` {list(self.config.item_fields)} must name columns of the catalogue."
+            )
+        return ids
+
+    def _item_ids(self, words: Mapping[str, list[str]], item: Mapping[str, Any]) -> list[int]:
         fields = [f"{_label(name)}: {' '.join(text)}" for name, text in words.items() if text]
-        return self.ids(self._messages(self.config.item_template, fields="\n".join(fields)))
+        return self._turn(self.config.item_template, fields, f"Item {item['item_id']}")[1]
 
-    def _messages(self, template: str, **parts: str) -> list[dict[str, str]]:
-        words = {"category": self.config.category, "marker": self.config.marker, "closing": self.config.closing}
-        for name, text in {**words, **parts}.items():  # not str.format: titles and templates may hold braces
+    def _turn(self, template: str, lines: list[str], name: str) -> tuple[Messages, list[int]]:
+        """
+        Messages and token ids of one prompt: the only place where data become tokens. They are text: were they read as
+        special tokens in spite of [`PlainText.clean`] (a tokenizer may change letters first), their marks would go.
+        """
+        expected = self.plain.specials(self._neutral[template])
+        for clean in (self.plain.clean, self.plain.bare):
+            messages = self._messages(template, "\n".join(map(clean, lines)))
+            ids = self.chat.ids(messages)
+            if self.plain.specials(ids) == expected:
+                return messages, ids
+        raise UserError(f"{name}: the tokenizer reads its text as special tokens; change the text.")
+
+    def _messages(self, template: str, data: str) -> Messages:
+        place = "history" if template == self.config.user_template else "fields"
+        words = {"marker": self.config.marker, "closing": self.config.closing}
+        words |= {"category": self.plain.clean(self.config.category), place: data}
+        for name, text in words.items():  # not str.format: titles and templates may hold braces
             template = template.replace("{" + name + "}", text)
-        return [*self._leading, {"role": "user", "content": template}]
+        return self.chat.messages(template)
 
     def _purchase_lines(self, example: Mapping[str, Any]) -> list[str]:
         titles = example.get("history_titles")
@@ -220,20 +250,12 @@ class Prompts:
         for position, title in enumerate(titles):
             since = f"{time_since(now - times[position])}: " if times else ""
             rating = f" {ratings[position]:g} out of 5" if ratings and ratings[position] is not None else ""
-            lines.append(f"- {since}[{self._clean(title)}]{rating}")
+            lines.append(f"- {since}[{title}]{rating}")
         return lines
 
     def _field(self, item: Mapping[str, Any], name: str) -> str:
         value = item.get(name)
-        return "" if value is None else self._clean(str(value))
-
-    def _clean(self, text: str) -> str:
-        """Data never speak for the model: the marker and its closing are broken up in titles and descriptions."""
-        text = " ".join(text.split())
-        for tag in filter(None, (self.config.marker, self.config.closing)):
-            bare = tag.strip("<>/")
-            text = text.replace(tag, bare if bare and bare != tag else " ".join(tag))
-        return text
+        return "" if value is None else str(value)
 
 
 def _label(name: str) -> str:

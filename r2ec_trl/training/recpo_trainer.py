@@ -124,6 +124,7 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
                 peft_config=peft_config,
                 **kwargs,
             )
+        self.chat_template_kwargs = self.prompts.chat.kwargs  # TRL renders the prompts again: under the same clock
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_answer_state(base_model)

@@ -4,14 +4,8 @@ import pytest
 from datasets import Dataset
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.policy.prompts import (
-    PLAIN_CHAT_TEMPLATE,
-    PromptConfig,
-    Prompts,
-    ensure_chat_template,
-    leading_turns,
-    time_since,
-)
+from r2ec_trl.policy.chat import PLAIN_CHAT_TEMPLATE, ensure_chat_template
+from r2ec_trl.policy.prompts import PromptConfig, Prompts, time_since
 
 DAY = 86_400
 ADDS_A_SYSTEM_TURN = (
@@ -198,7 +192,7 @@ def test_item_ids_end_at_the_marker_for_a_whole_catalogue(make_prompts, shop):
 
 # ----------------------------------------------------------------------------------- chat templates
 def test_default_system_turn_is_emptied_and_a_refused_one_left_out(chat_tokenizer, plain_tokenizer, make_prompts):
-    assert leading_turns(chat_tokenizer) == []
+    assert make_prompts().chat.leading == []
     tokenizer = type(plain_tokenizer)(tokenizer_object=plain_tokenizer.backend_tokenizer, eos_token="<eos>")
     tokenizer.chat_template = ADDS_A_SYSTEM_TURN
     prompts = make_prompts(tokenizer)
