@@ -12,6 +12,8 @@ from r2ec_trl.errors import UserError
 
 Values = NDArray[np.float64]
 CUTOFFS = (5, 10, 20)
+LEVEL, RESAMPLES = 0.95, 10_000  # of every interval; sentences that state them read them here
+PERCENT = f"{100 * LEVEL:g} %"
 _DRAWN_AT_ONCE = 2**22  # counts: 32 MB however many rows there are
 
 
@@ -70,8 +72,8 @@ def summarise_ranks(ranks: ArrayLike, ks: Sequence[int] = CUTOFFS) -> dict[str, 
 
 def bootstrap_interval(
     values: ArrayLike,
-    level: float = 0.95,
-    resamples: int = 10_000,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
     seed: int = 0,
     groups: ArrayLike | None = None,
 ) -> tuple[float, float]:
@@ -105,8 +107,8 @@ def bootstrap_interval(
 def paired_bootstrap(
     after: ArrayLike,
     before: ArrayLike,
-    level: float = 0.95,
-    resamples: int = 10_000,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
     seed: int = 0,
     groups: ArrayLike | None = None,
 ) -> dict[str, float]:

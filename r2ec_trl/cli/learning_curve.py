@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
-from r2ec_trl.training.health import VALIDATION_NDCG, finite_number
+from r2ec_trl.training.health import VALIDATION_NDCG, finite_number, selection_figure
 
 
 class LearningCurveCallback(TrainerCallback):
@@ -18,8 +18,7 @@ class LearningCurveCallback(TrainerCallback):
     validation NDCG@10, reward, share of missing markers, tokens a rollout. A file is written beside, then renamed.
     """
 
-    PANELS = {
-        VALIDATION_NDCG: "validation NDCG@10",
+    PANELS = {  # beside the validation figure
         "reward": "training reward",
         "rollout/missing_marker": "share of missing markers",
         "completions/mean_length": "tokens a rollout",
@@ -39,22 +38,27 @@ class LearningCurveCallback(TrainerCallback):
         history = [{key: None if value != value else value for key, value in row.items()} for row in state.log_history]
         text = json.dumps(history, indent=1, default=float) + "\n"
         _write_whole(folder / "log_history.json", lambda path: path.write_text(text, encoding="utf-8"))
-        figure = self.draw(history)
+        figure = self.draw(history, *selection_figure(args))
         _write_whole(folder / "learning_curve.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
-    def draw(self, history: list[dict[str, Any]]) -> Figure:
+    def draw(
+        self, history: list[dict[str, Any]], metric: str = VALIDATION_NDCG, title: str = "validation NDCG@10"
+    ) -> Figure:
         """
         The figure of a `log_history`.
 
         Args:
             history (`list[dict]`):
                 `state.log_history`, or the content of `log_history.json`.
+            metric, title (`str`, *optional*):
+                The validation figure of the first panel, and its name; see
+                [`~r2ec_trl.training.health.selection_figure`].
 
         Returns:
             `matplotlib.figure.Figure`: One panel a series; a series that was never logged says so.
         """
         figure = Figure(figsize=(9, 6), layout="constrained")
-        for axes, (name, title) in zip(figure.subplots(2, 2).flat, self.PANELS.items()):
+        for axes, (name, title) in zip(figure.subplots(2, 2).flat, {metric: title, **self.PANELS}.items()):
             points = [
                 (row["step"], number)
                 for row in history
@@ -67,7 +71,7 @@ class LearningCurveCallback(TrainerCallback):
                 axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
                 continue
             steps, values = zip(*points)
-            axes.plot(steps, values, marker="o" if name == VALIDATION_NDCG else None, markersize=4)
+            axes.plot(steps, values, marker="o" if name == metric else None, markersize=4)
             if name == "rollout/missing_marker":
                 axes.set_ylim(-0.02, 1.02)
         return figure

@@ -6,13 +6,14 @@ from typing import Any
 from rich.table import Table
 
 from r2ec_trl.evaluation.report import MASKS
+from r2ec_trl.metrics import PERCENT
 
 _METRIC_NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR"}
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
     """A table of [`~r2ec_trl.evaluation_report.report`]: a line per metric and mask, a column per system."""
-    table = Table(title=_title(report), caption="95 % bootstrap interval of users in brackets")
+    table = Table(title=_title(report), caption=f"{PERCENT} bootstrap interval of users in brackets")
     table.add_column("history")
     table.add_column("metric")
     systems = list(report["unmasked"])
@@ -34,7 +35,7 @@ def run_table(result: Mapping[str, Any]) -> Table:
         result (`Mapping[str, Any]`):
             `after` and perhaps `before` (reports) and `difference` (a comparison), as `metrics.json` holds them.
     """
-    table = Table(title=_title(result["after"]), caption="95 % bootstrap intervals; all figures: metrics.json")
+    table = Table(title=_title(result["after"]), caption=f"{PERCENT} bootstrap intervals; all figures: metrics.json")
     table.add_column("test split", no_wrap=True)
     columns = [("unmasked", "hit@10"), ("unmasked", "ndcg@10")]
     for mask, metric in columns:
@@ -52,7 +53,9 @@ def run_table(result: Mapping[str, Any]) -> Table:
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """A table of [`~r2ec_trl.evaluation.report.compare_frames`]; differences whose interval excludes 0 stand out."""
-    table = Table(title=_title(comparison), caption="bold: the 95 % interval of the paired difference excludes 0")
+    table = Table(
+        title=_title(comparison), caption=f"bold: the {PERCENT} interval of the paired difference excludes 0"
+    )
     for name in ("history", "metric"):
         table.add_column(name)
     for name in ("before", "after", "difference"):
@@ -74,7 +77,9 @@ def cold_table(cold: Mapping[str, Any]) -> Table:
     """A table of [`~r2ec_trl.evaluation.report.cold_report`]: targets never trained on apart from the others."""
     groups = {"cold": "cold targets", "warm": "the others"}
     present = [group for group in groups if cold[group]["rows"]]
-    table = Table(title="Cold targets: never a target of training", caption="95 % bootstrap interval in brackets")
+    table = Table(
+        title="Cold targets: never a target of training", caption=f"{PERCENT} bootstrap interval in brackets"
+    )
     for name in ("history", "metric"):
         table.add_column(name)
     for group in present:

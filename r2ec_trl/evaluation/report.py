@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.metrics import CUTOFFS, bootstrap_interval, metric_values, paired_bootstrap
+from r2ec_trl.metrics import CUTOFFS, PERCENT, RESAMPLES, bootstrap_interval, metric_values, paired_bootstrap
 
 METRICS_FILE = "metrics.json"
 RANKS_FILE = "ranks.parquet"
@@ -23,6 +23,7 @@ MASKS = {"unmasked": "rank", "masked": "rank_masked"}  # name in the report -> c
 # What two results may differ in and still be compared: it is what a comparison is about.
 _FREE = ("seed", "settings", "versions")
 _PROTOCOL_KEY = b"protocol"
+_COLUMNS = {"user_id": pl.String, "target": pl.String, "rank": pl.Int64, "rank_masked": pl.Int64}
 
 
 def protocol(card: Mapping[str, Any], settings: Mapping[str, Any], seed: int, split: str = "test") -> dict[str, Any]:
@@ -47,7 +48,7 @@ def protocol(card: Mapping[str, Any], settings: Mapping[str, Any], seed: int, sp
         "candidates": "the whole catalogue",
         "ties": "count against the target",
         "mask": "history items are removed; a target among them is a miss of rank N + 1",
-        "intervals": "95 % percentile bootstrap of users, 10,000 resamples",
+        "intervals": f"{PERCENT} percentile bootstrap of users, {RESAMPLES:,} resamples",
         "seed": seed,
         "settings": json.loads(json.dumps(dict(settings), default=str)),
         "versions": {package: version(package) for package in ("torch", "transformers", "trl", "peft", "r2ec_trl")},
@@ -61,7 +62,7 @@ def report(
     ks: Sequence[int] = CUTOFFS,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every metric of the model and the baselines, history masked and not, each with its 95 % bootstrap interval.
+    """Every metric of the model and the baselines, history masked and not, each with its bootstrap interval.
 
     Args:
         frame (`polars.DataFrame`):
@@ -150,15 +151,26 @@ def read_ranks(folder: str | os.PathLike[str]) -> tuple[pl.DataFrame, dict[str, 
     try:
         table = pq.read_table(file)
         found = json.loads((table.schema.metadata or {})[_PROTOCOL_KEY])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        frame = pl.DataFrame(table)
+    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not a ranks file with its protocol; evaluate again with recipes/evaluate.py."
         ) from error
-    frame = pl.DataFrame(table)
-    missing = {"user_id", "target", *MASKS.values()} - set(frame.columns)
+    missing = set(_COLUMNS) - set(frame.columns)
     if missing:
         raise UserError(f"{file} lacks the columns {', '.join(sorted(missing))}; evaluate again.")
-    return frame, found
+    if not isinstance(found, dict) or frame.height == 0:
+        what = "no rows" if frame.height == 0 else f"a protocol that is a {type(found).__name__}"
+        raise UserError(f"{file} holds {what}; evaluate again.")
+    for name, kind in _COLUMNS.items():
+        column = frame[name]
+        words = column.dtype == pl.String if kind == pl.String else column.dtype.is_integer()
+        if not words or column.null_count() or (kind == pl.Int64 and int(column.min()) < 1):  # type: ignore[arg-type]
+            wanted = "text" if kind == pl.String else "whole numbers from 1 up"
+            raise UserError(
+                f"{file}: the column {name} ({column.dtype}) must hold {wanted} in every row; evaluate again."
+            )
+    return frame.cast(_COLUMNS), found  # type: ignore[arg-type]
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -177,8 +189,10 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return found
 
 
-def compare_frames(before: pl.DataFrame, after: pl.DataFrame, ks: Sequence[int] = CUTOFFS) -> dict[str, Any]:
-    """Paired differences of two evaluations of the same rows, each with its 95 % bootstrap interval.
+def compare_frames(
+    before: pl.DataFrame, after: pl.DataFrame, ks: Sequence[int] = CUTOFFS, seed: int = 0
+) -> dict[str, Any]:
+    """Paired differences of two evaluations of the same rows, each with its bootstrap interval.
 
     Args:
         before (`polars.DataFrame`):
@@ -187,6 +201,8 @@ def compare_frames(before: pl.DataFrame, after: pl.DataFrame, ks: Sequence[int] 
             Frame of the second: same users and targets in the same order.
         ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
             Cutoffs.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the bootstrap.
 
     Returns:
         `dict`: `rows`, `users`, and under `unmasked` and `masked`: metric -> `before`, `after`, `difference`, `low`,
@@ -207,7 +223,7 @@ def compare_frames(before: pl.DataFrame, after: pl.DataFrame, ks: Sequence[int] 
             name: {
                 "before": float(old[name].mean()),
                 "after": float(new[name].mean()),
-                **paired_bootstrap(new[name], old[name], groups=users),
+                **paired_bootstrap(new[name], old[name], seed=seed, groups=users),
             }
             for name in old
         }

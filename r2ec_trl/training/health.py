@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 VALIDATION_NDCG = "eval_recommendation/ndcg@10"
+TOP1 = "eval_recommendation/top1_share"
 
 # Health. Each threshold is compared with the mean of the last HEALTH_WINDOW logged values, once there are
 # HEALTH_MINIMUM of them: a single batch of few users is too noisy to warn of.
@@ -35,6 +36,12 @@ FRESH_RANK_GAIN = 0.5
 SAMPLING_DIFFERENCE = 0.1
 # One item first for a third of the users is a popularity list (34 % was seen in a collapsed run of a peer).
 TOP1_SHARE = 0.3
+
+
+def selection_figure(args: Any) -> tuple[str, str]:
+    """The logged validation figure that chooses the best weights, and its name in words (`--selection_mask`)."""
+    metric = getattr(args, "selection_metric", None) or VALIDATION_NDCG.removeprefix("eval_")
+    return f"eval_{metric}", "validation NDCG@10" + (", history masked" if "masked" in metric else "")
 
 
 def finite_number(value: Any) -> float | None:
@@ -82,7 +89,7 @@ RULES = (
         "use one dtype for both (--bf16) and check that the weights are synchronised.",
     ),
     Rule(
-        "recommendation/top1_share",
+        TOP1,
         TOP1_SHARE,
         "one item is first for {:.0%} of the users; lower --learning_rate or --item_coef, or go back to an earlier "
         "checkpoint.",

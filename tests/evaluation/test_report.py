@@ -1,7 +1,9 @@
 """Reports, the files they leave, and paired comparisons."""
 
+import inspect
 import json
 import os
+import re
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -10,7 +12,16 @@ from rich.console import Console
 
 from r2ec_trl.cli.tables import comparison_table, report_table
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import compare_frames, differences, protocol, read_ranks, report, write_report
+from r2ec_trl.evaluation.report import (
+    cold_report,
+    compare_frames,
+    differences,
+    protocol,
+    read_ranks,
+    report,
+    write_report,
+)
+from r2ec_trl.metrics import LEVEL, RESAMPLES, bootstrap_interval, paired_bootstrap
 
 CARD = {"source": "shop", "sha256": {"test": "aa", "items": "bb"}, "counts": {"test": 4, "items": 9}}
 
@@ -48,7 +59,30 @@ def test_users_are_resampled_with_all_their_rows():
     """Of three users one has both hits: with users drawn, no hit at all comes up in (2/3)^3 = 30 % of the draws."""
     result = report(frame(rank=(1, 1, 9, 9)), {}, made(), ks=[1])
     assert result["unmasked"]["model"]["hit@1"] == {"value": 0.5, "low": 0.0, "high": 1.0}
-    assert report(frame(), {}, made(), ks=[3], seed=1) == report(frame(), {}, made(), ks=[3], seed=1)
+
+
+def test_the_seed_reaches_every_interval():
+    """200 users whose hits are neither all nor none: model, baseline and cold targets move with the seed."""
+    ranks = [(7 * row) % 23 + 1 for row in range(200)]
+    many = pl.DataFrame({"user_id": [f"u{row}" for row in range(200)], "rank": ranks, "rank_masked": ranks})
+    reports = [report(many, {"popularity": (ranks, ranks)}, made(), ks=[5], seed=seed) for seed in (0, 0, 1)]
+    for mask in ("unmasked", "masked"):
+        for system in ("model", "popularity"):
+            one, again, other = (found[mask][system]["ndcg@5"] for found in reports)
+            assert one == again and one["value"] == other["value"]
+            assert (one["low"], one["high"]) != (other["low"], other["high"])
+    cold = [row % 2 == 0 for row in range(200)]
+    one, again, other = (cold_report(many, cold, ks=[5], seed=seed) for seed in (0, 0, 1))
+    assert one == again != other
+
+
+def test_sentences_say_how_many_draws_there_are():
+    assert made()["intervals"] == "95 % percentile bootstrap of users, 10,000 resamples"
+    assert (LEVEL, RESAMPLES) == (0.95, 10_000)
+    for function in (bootstrap_interval, paired_bootstrap):
+        defaults = inspect.signature(function).parameters
+        assert (defaults["level"].default, defaults["resamples"].default) == (LEVEL, RESAMPLES)
+    assert "95 % bootstrap interval" in text_of(report_table(report(frame(), {}, made())))
 
 
 def test_ranks_of_another_length_are_refused():
@@ -118,6 +152,35 @@ def test_what_cannot_be_read(tmp_path):
         read_ranks(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "sentence"),
+    [
+        ("rank", [1.0, 3.0, 2.0, float("nan")], "the column rank (Float64) must hold whole numbers"),
+        ("rank", [1, 3, 2, 0], "the column rank (Int64) must hold whole numbers from 1 up"),
+        ("rank_masked", [1, None, 2, 9], "the column rank_masked (Int64)"),
+        ("rank_masked", ["1", "2", "3", "4"], "the column rank_masked (String)"),
+        ("user_id", [1, 1, 2, 3], "the column user_id (Int64) must hold text"),
+        ("target", ["a", None, "a", "c"], "the column target (String) must hold text in every row"),
+        ("target", [["a"], ["b"], ["a"], ["c"]], "the column target (List(String))"),
+    ],
+)
+def test_columns_of_the_wrong_kind_are_one_sentence(tmp_path, column, values, sentence):
+    wrong = frame().with_columns(pl.Series(column, values))
+    write_report(tmp_path, {"protocol": made()}, wrong)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        read_ranks(tmp_path)
+
+
+@pytest.mark.parametrize("found", [[1], "full", None, 3])
+def test_a_protocol_of_the_wrong_kind_is_one_sentence(tmp_path, found):
+    write_report(tmp_path, {"protocol": found}, frame())
+    with pytest.raises(UserError, match="holds a protocol that is a"):
+        read_ranks(tmp_path)
+    write_report(tmp_path, {"protocol": made()}, frame()[:0])
+    with pytest.raises(UserError, match="holds no rows"):
+        read_ranks(tmp_path)
+
+
 def test_differences_of_settings_are_listed():
     other = protocol(CARD, {"reasoning": "none", "lora": {"r": 4}}, seed=4)
     assert differences(made(), other) == {
@@ -144,6 +207,18 @@ def test_comparison_by_hand():
     assert (figure["before"], figure["after"], figure["difference"]) == (0.25, 0.75, 0.5)
     assert 0 <= figure["low"] <= 0.5 <= figure["high"] <= 1
     assert result["masked"]["hit@1"] == {"before": 0.25, "after": 0.25, "difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_comparison_draws_users_with_all_their_rows_and_by_its_seed():
+    """Of three users one gains both hits, two nothing: no gain at all is in (2/3)^3 = 30 % of the draws of users, yet
+    in (1/2)^4 = 6 % of those of rows, and the user comes up twice in 22 %: the interval is [0, .8] to [0, 1]."""
+    before, after = frame(rank=(9, 9, 9, 9)), frame(rank=(1, 1, 9, 9))
+    figure = compare_frames(before, after, ks=[1])["unmasked"]["hit@1"]
+    assert (figure["difference"], figure["low"], figure["high"]) == (0.5, 0.0, 1.0)
+    rows = pl.concat([frame()] * 50).with_columns(user_id=pl.Series([f"u{row}" for row in range(200)]))
+    worse = rows.with_columns(rank=pl.Series([(7 * row) % 23 + 1 for row in range(200)]))
+    one, again, other = (compare_frames(rows, worse, ks=[5], seed=seed)["unmasked"]["ndcg@5"] for seed in (0, 0, 1))
+    assert one == again and one["difference"] == other["difference"] and one["low"] != other["low"]
 
 
 @pytest.mark.parametrize("other", [frame()[:3], frame()[::-1], frame().with_columns(user_id=pl.lit("x"))])
