@@ -1,14 +1,13 @@
 """The learning curve of a run on disk: a picture and the log, written whole at each evaluation."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
+from r2ec_trl.files import write_text, write_with
 from r2ec_trl.training.health import VALIDATION_NDCG, finite_number, selection_figure
 
 
@@ -34,12 +33,10 @@ class LearningCurveCallback(TrainerCallback):
         if not state.is_world_process_zero or not state.log_history:
             return
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         history = [{key: None if value != value else value for key, value in row.items()} for row in state.log_history]
-        text = json.dumps(history, indent=1, default=float) + "\n"
-        _write_whole(folder / "log_history.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / "log_history.json", json.dumps(history, indent=1, default=float) + "\n")
         figure = self.draw(history, *selection_figure(args))
-        _write_whole(folder / "learning_curve.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+        write_with(folder / "learning_curve.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
     def draw(
         self, history: list[dict[str, Any]], metric: str = VALIDATION_NDCG, title: str = "validation NDCG@10"
@@ -75,12 +72,3 @@ class LearningCurveCallback(TrainerCallback):
             if name == "rollout/missing_marker":
                 axes.set_ylim(-0.02, 1.02)
         return figure
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

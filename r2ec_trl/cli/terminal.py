@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from r2ec_trl import progress
 
-PATIENCE = 1.0  # seconds of one piece of work before a bar is drawn
+PATIENCE = 1.0  # seconds of one piece of work before it becomes a line of the training display
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 # Controls (C0, DEL, C1), direction marks, line separators, and halves of characters, which no terminal can print
 _HARMFUL = [*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
@@ -64,8 +64,8 @@ def make_bar(console: Console, transient: bool = False) -> Progress:
 
 class WorkDisplay:
     """
-    While it is open, shows the reports of [`~r2ec_trl.progress`]: a bar for work of more than a second, or a line
-    every ten seconds where there is no terminal.
+    While it is open, shows the reports of [`~r2ec_trl.progress`]: a bar while it lasts, or a line every
+    ten seconds where there is no terminal.
 
     Args:
         shown (`bool`, *optional*, defaults to `True`):
@@ -103,7 +103,7 @@ class WorkDisplay:
                 say(f"{what}: {done:,} of {total:,}, {now - self._start:.0f} s", self.console)
         elif self._drawn is not None:
             self._drawn.update(self._task, completed=done, total=total)
-        elif now - self._start >= PATIENCE and done < total:
+        elif done < total and (self.bar is None or now - self._start >= PATIENCE):
             self._drawn = self.bar or make_bar(self.console, transient=True)
             self._task = self._drawn.add_task(escape(printable(what)), total=total, completed=done)
             if self.bar is None:

@@ -1,6 +1,8 @@
 """What an evaluation leaves behind: figures with intervals, a rank per row, and the protocol inside both files."""
 
 import json
+import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -14,10 +16,13 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import write_json, write_with
 from r2ec_trl.metrics import CUTOFFS, PERCENT, RESAMPLES, bootstrap_interval, metric_values, paired_bootstrap
 
 METRICS_FILE = "metrics.json"
 RANKS_FILE = "ranks.parquet"
+logger = logging.getLogger(__name__)
+
 MASKS = {"unmasked": "rank", "masked": "rank_masked"}  # name in the report -> column of the frame
 
 # What two results may differ in and still be compared: it is what a comparison is about.
@@ -113,7 +118,8 @@ def cold_report(frame: pl.DataFrame, cold: ArrayLike, ks: Sequence[int] = CUTOFF
 
 
 def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any], frame: pl.DataFrame) -> None:
-    """Write `metrics.json` and `ranks.parquet`, each whole or not at all.
+    """Write `ranks.parquet`, then `metrics.json`, each whole or not at all. A figure that is no number becomes null,
+    with a warning, so that the others are kept.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -124,23 +130,11 @@ def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any], fram
             One row per example.
     """
     table = frame.to_arrow().replace_schema_metadata({_PROTOCOL_KEY: json.dumps(report["protocol"])})
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    folder = Path(folder)
-    temporary = {name: folder / f".{name}.unfinished-{os.getpid()}" for name in (METRICS_FILE, RANKS_FILE)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary[METRICS_FILE].write_text(text, encoding="utf-8")
-            pq.write_table(table, temporary[RANKS_FILE])
-            for name, path in temporary.items():
-                os.replace(path, folder / name)
-        finally:
-            for path in temporary.values():
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The report cannot be written to {folder} ({error.strerror}); choose another folder."
-        ) from error
+    write_with(Path(folder) / RANKS_FILE, lambda file: pq.write_table(table, file))
+    wrong = [key for key, value in _flat(report).items() if isinstance(value, float) and not math.isfinite(value)]
+    if wrong:
+        logger.warning("%s: %s is no finite number; written as null.", Path(folder) / METRICS_FILE, ", ".join(wrong))
+    write_json(Path(folder) / METRICS_FILE, finite(report))
 
 
 def read_ranks(folder: str | os.PathLike[str]) -> tuple[pl.DataFrame, dict[str, Any]]:
@@ -228,6 +222,15 @@ def compare_frames(
             for name in old
         }
     return result
+
+
+def finite(value: Any) -> Any:
+    """A nested value with `None` for NaN and infinities, as JSON needs it."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figures(ranks: ArrayLike, ks: Sequence[int], users: np.ndarray, seed: int) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.progress import track
 
 
 @dataclass
@@ -145,7 +146,7 @@ def encode_states(
     device = next(model.parameters()).device
     batches = length_sorted_batches([len(sequence) for sequence in sequences], token_budget)
     states = []
-    for batch in batches:
+    for batch in track(batches, "prompts encoded"):
         input_ids, attention_mask = pad_right([sequences[i] for i in batch], pad_token_id, device)
         output = model(input_ids=input_ids, attention_mask=attention_mask, answer_state_only=True)
         states.append(output.answer_state.float())

@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from r2ec_trl.policy.batching import length_sorted_batches
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch
+from r2ec_trl.progress import track
 
 
 class MarkerCriteria(StoppingCriteria):
@@ -101,7 +102,8 @@ def generate_reasoning(
     )
     device = next(model.parameters()).device
     rollouts: dict[int, Rollout] = {}
-    for batch in length_sorted_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens):
+    batches = length_sorted_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens)
+    for batch in track(batches, "users reasoned"):
         length = len(prompt_ids[batch[0]])  # longest first
         input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)

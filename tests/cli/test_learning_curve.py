@@ -2,14 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 from transformers import TrainerState
 
-from r2ec_trl.cli import learning_curve
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
+from r2ec_trl.errors import UserError
 
 
 def _state(step=0, main_process=True, history=()):
@@ -69,8 +70,8 @@ def test_learning_curve_leaves_the_old_file_when_writing_fails(tmp_path, monkeyp
         path.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(learning_curve.Path, "write_text", full_disk)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(UserError, match="No space left"):
         callback.on_evaluate(args, _state(2, history=[{"step": 1}, {"step": 2}]), None)
     assert (tmp_path / "log_history.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["learning_curve.png", "log_history.json"]

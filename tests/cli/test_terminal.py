@@ -84,6 +84,5 @@ def test_short_work_and_other_processes_are_silent(monkeypatch):
 
 def test_a_bar_appears_on_a_terminal_and_goes(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    assert "encoding" not in reports(monkeypatch, console, [0, 0.4, 0.9])
     assert "encoding" in reports(monkeypatch, console, [0, 2, 3])
     assert console.file.getvalue().rstrip().endswith("\x1b[2K\x1b[?25h")  # wiped, and the cursor is back

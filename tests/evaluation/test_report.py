@@ -12,6 +12,7 @@ from rich.console import Console
 
 from r2ec_trl.cli.tables import comparison_table, report_table
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation import report as report_module
 from r2ec_trl.evaluation.report import (
     cold_report,
     compare_frames,
@@ -55,10 +56,16 @@ def test_report_by_hand():
     assert 0 <= figure["low"] < figure["value"] == 0.75 < figure["high"] <= 1
 
 
+# One user with ten rows, ten with one each
+HEAVY = {"user_id": ["heavy"] * 10 + [f"light{row}" for row in range(10)], "target": ["a"] * 20}
+
+
 def test_users_are_resampled_with_all_their_rows():
-    """Of three users one has both hits: with users drawn, no hit at all comes up in (2/3)^3 = 30 % of the draws."""
-    result = report(frame(rank=(1, 1, 9, 9)), {}, made(), ks=[1])
-    assert result["unmasked"]["model"]["hit@1"] == {"value": 0.5, "low": 0.0, "high": 1.0}
+    """The ten hits are one user's, who is missing from 35 % of the draws and there three times in some."""
+    ranks = [1] * 10 + [9] * 10
+    result = report(pl.DataFrame({**HEAVY, "rank": ranks, "rank_masked": ranks}), {}, made(), ks=[1])
+    for mask in ("unmasked", "masked"):
+        assert result[mask]["model"]["hit@1"] == {"value": 0.5, "low": 0.0, "high": pytest.approx(30 / 38)}
 
 
 def test_the_seed_reaches_every_interval():
@@ -121,20 +128,27 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(pq, "write_table", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     other = frame(rank=(9, 9, 9, 9))
-    with pytest.raises(UserError, match="cannot be written to .*No space left"):
+    with pytest.raises(UserError, match="cannot be written .*No space left"):
         write_report(tmp_path, report(other, {}, made()), other)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    monkeypatch.setattr(report_module, "write_json", lambda *_: (_ for _ in ()).throw(UserError("full")))
+    with pytest.raises(UserError, match="full"):
+        write_report(tmp_path, report(other, {}, made()), other)
+    assert read_ranks(tmp_path)[0].equals(other), "the ranks are kept whatever happens to the figures"
 
 
-def test_a_figure_that_is_no_number_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_report(tmp_path / "new", {"protocol": {}, "value": float("nan")}, frame())
-    assert not (tmp_path / "new").exists()
+def test_a_figure_that_is_no_number_costs_no_other(tmp_path, caplog):
+    figures = {"loss": float("nan"), "steps": 3, "limits": [1.0, float("inf")]}
+    write_report(tmp_path / "new", {"protocol": made(), "training": figures}, frame())
+    saved = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert saved["training"] == {"loss": None, "steps": 3, "limits": [1.0, None]}
+    assert "training.loss is no finite number" in caplog.text and read_ranks(tmp_path / "new")[0].equals(frame())
 
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match="cannot be written to .*taken"):
+    with pytest.raises(UserError, match="taken.* cannot be written"):
         write_report(tmp_path / "taken", report(frame(), {}, made()), frame())
 
 
@@ -200,21 +214,25 @@ def test_another_protocol_is_refused(change):
 
 
 def test_comparison_by_hand():
-    """Hit@1 goes from 1 of 4 to 3 of 4 and NDCG@1 likewise; the masked ranks are the same: difference 0."""
-    result = compare_frames(frame(), frame(rank=(1, 1, 1, 10)), ks=[1])
+    """
+    Hit@1 goes from 1 of 4 to 3 of 4. Masked it goes from 1 to 0 of 4: u, with two rows, is drawn k times of 3, which
+    makes -k / (3 + k), and k = 3 is in 1/27 of the draws, k = 0 in 8/27: the interval is [-.5, 0].
+    """
+    result = compare_frames(frame(), frame(rank=(1, 1, 1, 10), rank_masked=(10, 10, 2, 9)), ks=[1])
     assert (result["rows"], result["users"]) == (4, 3)
     figure = result["unmasked"]["hit@1"]
     assert (figure["before"], figure["after"], figure["difference"]) == (0.25, 0.75, 0.5)
     assert 0 <= figure["low"] <= 0.5 <= figure["high"] <= 1
-    assert result["masked"]["hit@1"] == {"before": 0.25, "after": 0.25, "difference": 0.0, "low": 0.0, "high": 0.0}
+    assert result["masked"]["hit@1"] == {"before": 0.25, "after": 0.0, "difference": -0.25, "low": -0.5, "high": 0.0}
 
 
 def test_a_comparison_draws_users_with_all_their_rows_and_by_its_seed():
-    """Of three users one gains both hits, two nothing: no gain at all is in (2/3)^3 = 30 % of the draws of users, yet
-    in (1/2)^4 = 6 % of those of rows, and the user comes up twice in 22 %: the interval is [0, .8] to [0, 1]."""
-    before, after = frame(rank=(9, 9, 9, 9)), frame(rank=(1, 1, 9, 9))
+    """One user gains all ten hits: as rows, no gain at all would be in (1/2)^20 of the draws."""
+    before, after = (
+        pl.DataFrame({**HEAVY, "rank": ranks, "rank_masked": ranks}) for ranks in ([9] * 20, [1] * 10 + [9] * 10)
+    )
     figure = compare_frames(before, after, ks=[1])["unmasked"]["hit@1"]
-    assert (figure["difference"], figure["low"], figure["high"]) == (0.5, 0.0, 1.0)
+    assert (figure["difference"], figure["low"], figure["high"]) == (0.5, 0.0, pytest.approx(30 / 38))
     rows = pl.concat([frame()] * 50).with_columns(user_id=pl.Series([f"u{row}" for row in range(200)]))
     worse = rows.with_columns(rank=pl.Series([(7 * row) % 23 + 1 for row in range(200)]))
     one, again, other = (compare_frames(rows, worse, ks=[5], seed=seed)["unmasked"]["ndcg@5"] for seed in (0, 0, 1))
