@@ -52,12 +52,15 @@ class Recommendation:
             Whether the model ended its reasoning itself; otherwise it was cut.
         user_id (`str`, *optional*):
             As given.
+        reasoning_tokens (`int`):
+            Tokens of the reasoning, a marker that the model wrote included.
     """
 
     items: list[RecommendedItem]
     reasoning: str
     has_marker: bool
     user_id: str | None = None
+    reasoning_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -244,7 +247,13 @@ class Recommender:
         texts = bundle.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
         marker = bundle.prompts.config.marker
         return [
-            Recommendation(items[i], text.split(marker)[0].strip(), rollout.has_marker, question.user.get("user_id"))
+            Recommendation(
+                items[i],
+                text.split(marker)[0].strip(),
+                rollout.has_marker,
+                question.user.get("user_id"),
+                sum(rollout.trained),
+            )
             for i, (question, rollout, text) in enumerate(zip(questions, rollouts, texts, strict=True))
         ]
 

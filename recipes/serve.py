@@ -1,0 +1,71 @@
+"""
+Serve a bundle over HTTP: recommendations in batches, reasonings as they are written, a catalogue that can change.
+
+    python recipes/serve.py --bundle outputs/demo/bundle
+    curl -s localhost:8000/v1/recommend -H 'Content-Type: application/json' \
+        -d '{"users": [{"history_titles": ["orvo black cello bow"]}], "k": 3}'
+
+http://localhost:8000/docs lists the requests, /page is a page to try it in (extra `page`), /metrics
+is for Prometheus. Who sends the token in R2EC_TRL_TOKEN may change the catalogue; without it nobody may. SIGTERM answers
+what is waiting, then ends. Install: `pip install "r2ec_trl[serve]"`. Hardware: whatever the model runs on.
+"""
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass, field
+
+from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of
+from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.errors import UserError
+from r2ec_trl.serving.recommender import Recommender
+
+
+@dataclass
+class ServeArguments:
+    """Which recommender, and where it listens."""
+
+    bundle: str = field(metadata={"help": "Bundle folder or hub id."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Base model, if it lies elsewhere now."})
+    engine: str = field(
+        default="transformers", metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]}
+    )
+    device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address; 0.0.0.0 lets other machines in."})
+    port: int = field(default=8000, metadata={"help": "Port; 0 takes a free one."})
+    page: bool = field(default=True, metadata={"help": "Mount the page under /page where Gradio is installed."})
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'{name} is not installed; run `pip install "r2ec_trl[serve]"`.')
+    import uvicorn
+
+    from r2ec_trl.serving.messages import Limits
+    from r2ec_trl.serving.server import TOKEN_VARIABLE, make_app
+
+    args, limits = parse((ServeArguments, Limits), description=__doc__)
+    bundle = Bundle.load(args.bundle, args.model_name_or_path, args.device, trust_remote_code=args.trust_remote_code)
+    named = BundleArguments(bundle=args.bundle, engine=args.engine, trust_remote_code=args.trust_remote_code)
+    mount = None
+    if args.page and importlib.util.find_spec("gradio") is not None:
+        from r2ec_trl.serving.page import mount_page as mount
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    app = make_app(Recommender(bundle, engine_of(named, bundle)), limits, token, mount)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        access_log=False,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=int(limits.deadline) + 1,
+        limit_concurrency=4 * limits.max_queue + 1000,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
