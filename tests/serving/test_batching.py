@@ -1,0 +1,76 @@
+"""The queue in front of the model: bounds, deadlines, and a question that fails alone."""
+
+import concurrent.futures
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason='needs `pip install "r2ec_trl[serve]"`')
+from served import Served, batcher_of  # noqa: E402
+
+from r2ec_trl.serving.batching import Batcher, Refused  # noqa: E402
+from r2ec_trl.serving.recommender import Recommender  # noqa: E402
+
+
+def test_one_that_breaks_the_model_is_alone_with_it(library, monkeypatch, caplog):
+    ids = library.bundle.table.item_ids
+    answer = Recommender.answer
+
+    def breaks(self, questions, watch=None):
+        if any(question.user.get("user_id") == "poison" for question in questions):
+            raise RuntimeError("CUDA error")
+        return answer(self, questions, watch)
+
+    monkeypatch.setattr(Recommender, "answer", breaks)
+    batcher = Batcher(library, window=0.2)
+    jobs = batcher.submit([{"history": {"history": ids[n : n + 2], "user_id": f"u{n}"}} for n in range(5)], 30)
+    jobs += batcher.submit([{"history": {"history": ids[:1], "user_id": "poison"}}], 30)
+    assert [job.future.result(30).user_id for job in jobs[:5]] == [f"u{n}" for n in range(5)]
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        jobs[5].future.result(30)
+    batcher.close()
+    with pytest.raises(Refused, match="shutting down"):
+        batcher.submit([{"history": ids[:1]}], 30)
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back(served, library):
+    ids, held = library.bundle.table.item_ids, threading.Event()
+    app_batcher = batcher_of(served)
+    blocking = app_batcher.call(held.wait)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(served.ask, *[ids[:1]] * 64)
+        while app_batcher.waiting < 64:
+            time.sleep(0.01)
+        refused = served.ask(ids[:1])
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        assert "64 users are waiting" in refused.json()["error"]
+        assert served.client.get("/readyz").status_code == 503
+        assert served.client.get("/healthz").status_code == 200
+        held.set()
+        assert blocking.result(10) is True
+        assert waiting.result().status_code == 200
+    assert served.client.get("/readyz").status_code == 200 and served.ask(ids[:1]).status_code == 200
+
+
+def test_a_deadline_is_kept_while_the_model_is_busy(own):
+    server = Served(own, deadline=0.3)
+    held = threading.Event()
+    batcher_of(server).call(held.wait)
+    start = time.monotonic()
+    late = server.ask(["i00"])
+    streamed = server.client.post("/v1/recommend/stream", json={"users": [{"history": ["i00"]}]})
+    assert late.status_code == streamed.status_code == 504 and time.monotonic() - start < 3
+    assert "time for this request is over" in late.json()["error"] == streamed.json()["error"]
+    held.set()
+    assert server.ask(["i00"]).status_code == 200
+    server.close()
+
+
+def test_closing_answers_what_is_waiting(own):
+    server = Served(own, window=0.5)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(server.ask, [f"i0{n}"]) for n in range(4)]
+        time.sleep(0.2)
+        server.close()
+        assert [answer.result().status_code for answer in waiting] == [200] * 4

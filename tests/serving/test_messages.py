@@ -1,0 +1,43 @@
+"""What is refused before the model sees it, in one sentence."""
+
+import pytest
+
+pytest.importorskip("fastapi", reason='needs `pip install "r2ec_trl[serve]"`')
+from r2ec_trl.errors import UserError  # noqa: E402
+from r2ec_trl.serving.messages import Limits  # noqa: E402
+
+
+# --------------------------------------------------------------------------- mistakes and attacks
+@pytest.mark.parametrize(
+    "body, status, sentence",
+    [
+        (b"{", 400, "The body is no JSON"),
+        (b"[" * 100_000, 400, "parsing the body"),
+        (b'{"users": [{"history": ["%s"]}]}' % (b"x" * 600), 422, "at most 512 characters"),
+        (b'{"users": []}', 422, "body.users: List should have at least 1 item"),
+        (b'{"users": [{"history": ["nope"]}]}', 422, "User 0 bought 'nope', which is not in the catalogue"),
+        (b'{"users": [{"history": []}]}', 422, "User 0 has an empty history"),
+        (b'{"users": [{}]}', 422, "User 0: give either"),
+        (b'{"users": [{"history_titles": ["x"], "history_ratings": [NaN]}]}', 422, "finite number"),
+        (b'{"users": [{"history_titles": ["x"], "history_ratings": [1e999]}]}', 422, "finite number"),
+        (b'{"users": [{"history_titles": ["\\ud800"]}]}', 422, "history_titles"),
+        (b'{"users": [{"history_titles": ["x"], "\\ud800": 1}]}', 422, "as a unicode string"),
+        (b'{"users": [{"history_titles": ["x"]}], "k": 1000000}', 422, "less than or equal to 1000"),
+        (b'{"users": [{"history_titles": ["x"]}], "allow": ["nope"]}', 422, "'nope' is not in the catalogue"),
+        (b'{"users": [{"history_titles": ["x"]}], "where": "cost < 3"}', 422, "cost"),
+        (b'{"users": [{"history_titles": ["x"]}], "where": "title IN (SELECT 1)"}', 422, "`where`"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(served, library, body, status, sentence):
+    answer = served.client.post("/v1/recommend", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status and sentence in answer.json()["error"], answer.text
+    assert "\n" not in answer.json()["error"] and len(answer.json()) == 1
+    for_stream = served.client.post("/v1/recommend/stream", content=body, headers={"Content-Type": "application/json"})
+    assert (for_stream.status_code, for_stream.json()) == (status, answer.json())
+
+
+def test_limits_are_checked():
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"`deadline` is {wrong}"):
+            Limits(deadline=wrong)
+    assert Limits(window=0).window == 0
