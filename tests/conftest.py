@@ -286,3 +286,37 @@ def written(make_bundle_folder):
 def own(written, tmp_path):
     """A copy of the bundle that a test may change."""
     return shutil.copytree(written, tmp_path / "own")
+
+
+# -- for tests/serving, which skips itself where the extra `serve` is missing
+@pytest.fixture(scope="module")
+def served_folder(make_bundle_folder, shop):
+    """The demo's bundle, if R2EC_TRL_BUNDLE names it; else a tiny one."""
+    items = shop["items"].add_column("price", [None if n == 5 else float(n) for n in range(40)])
+    return os.environ.get("R2EC_TRL_BUNDLE") or make_bundle_folder(items=items)
+
+
+@pytest.fixture(scope="module")
+def served(served_folder):
+    from served import Served
+
+    server = Served(served_folder, max_queue=64)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def library(served_folder):
+    from r2ec_trl.serving.recommender import Recommender
+
+    return Recommender.from_pretrained(served_folder)
+
+
+@pytest.fixture
+def changing(own):
+    """A server whose catalogue the test may change."""
+    from served import Served
+
+    server = Served(own, body_seconds=0.5, max_body=4096)
+    yield server
+    server.close()

@@ -3,6 +3,7 @@
 import pytest
 
 pytest.importorskip("fastapi", reason='needs `pip install "r2ec_trl[serve]"`')
+
 from r2ec_trl.errors import UserError  # noqa: E402
 from r2ec_trl.serving.messages import Limits  # noqa: E402
 
