@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.policy.shared_prompt import PaddedRows, shared_batches, shares_prompts
 from r2ec_trl.progress import track
 
 
@@ -43,43 +44,22 @@ def select_answer_state(hidden_states: torch.Tensor, attention_mask: torch.Tenso
     return hidden_states[rows, answer_position(attention_mask).to(hidden_states.device)]
 
 
-def roll_rows(rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """
-    Each row of `(batch, length)` rolled to the left by its own `shift`, `(batch,)`.
-
-    >>> roll_rows(torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]), torch.tensor([2, 0]))
-    tensor([[7, 8, 0, 0],
-            [5, 6, 7, 8]])
-    """
-    length = rows.shape[1]
-    positions = torch.arange(length, device=rows.device) + shift[:, None]  # (batch, length)
-    return rows.gather(1, positions % length)
-
-
-def unroll_scores(scores: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """
-    Undo [`roll_rows`] for per-token scores `(batch, length - 1)` of rolled rows; where the padding was, 0.
-
-    >>> unroll_scores(torch.tensor([[.1, .2, .3]]), torch.tensor([2]))
-    tensor([[0.0000, 0.0000, 0.1000]])
-    """
-    positions = torch.arange(scores.shape[1], device=scores.device) - shift[:, None]
-    return scores.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, 0)
-
-
-def add_answer_state(model: PreTrainedModel) -> None:
+def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None:
     """
     Let `model` hand out its answer states; call it on the base model, before or after PEFT wraps it.
 
     `model(input_ids=, attention_mask=, answer_state_only=True)` runs the backbone alone, without the LM head, and
     `model(..., labels=, fused_lm_head=True)` (TRL's fused head, if it was added) returns its log-probabilities with
-    the answer state of the same pass. TRL pads prompts on the left; that pass moves the padding to the right first, so
-    that positions count from 0 for any kind of position embedding and no attention row is fully masked. Any other
-    call, `generate` included, is unchanged. A second call does nothing.
+    the answer state of the same pass. Both lay their rows out anew ([`~r2ec_trl.policy.shared_prompt.pack_rows`]):
+    paddings go to the right, rows that share a prompt compute it once, and the LM head sees the labelled positions
+    alone. What they return has the shape of what went in. Any other call, `generate` included, is unchanged. A second
+    call does nothing.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model to patch.
+        shared_prompt (`bool`, *optional*, defaults to `True`):
+            `False` keeps every row by itself.
     """
     if getattr(model, "_hands_out_answer_state", False):
         return
@@ -87,36 +67,38 @@ def add_answer_state(model: PreTrainedModel) -> None:
 
     # `generate` checks its keyword arguments against this signature
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, answer_state_only=False, **kwargs):
-        if answer_state_only:
-            outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
-            return AnswerStateOutput(
-                answer_state=select_answer_state(outputs.last_hidden_state, kwargs["attention_mask"])
-            )
-        if not fused_lm_head:
+    def forward(self, *args, fused_lm_head=False, answer_state_only=False, prompt_lengths=None, **kwargs):
+        if not fused_lm_head and not answer_state_only:
             return inner_forward(*args, **kwargs)
+        labels = kwargs.pop("labels", None)
+        rows = PaddedRows(kwargs.pop("input_ids"), kwargs.pop("attention_mask"), labels, prompt_lengths)
+        # without either nothing says what is prompt; the balance of experts is counted over a two-dimensional mask
+        share = (labels is not None or prompt_lengths is not None) and not kwargs.get("output_router_logits", False)
+        packed = rows.pack(self.config.get_text_config().hidden_size if share and shares_prompts(self) else None)
+        kwargs.update(packed.model_inputs(self))
+        if answer_state_only:
+            hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+            return AnswerStateOutput(answer_state=hidden.flatten(0, 1)[packed.ends.to(hidden.device)])
+        sources, labels = rows.scored(packed)
         states = []
-        attention_mask = kwargs["attention_mask"]
-        shift = (attention_mask != 0).long().argmax(dim=1)  # (batch,), paddings on the left
-        for name in ("input_ids", "attention_mask", "labels"):
-            kwargs[name] = roll_rows(kwargs[name], shift)
 
-        def catch(module, inputs, outputs):
-            states.append(select_answer_state(outputs.last_hidden_state, kwargs["attention_mask"]))
+        def read(module, inputs, outputs):
+            hidden = outputs.last_hidden_state.flatten(0, 1)  # (groups * length, d)
+            states.append(hidden[packed.ends.to(hidden.device)])
+            outputs.last_hidden_state = hidden[sources.to(hidden.device)][None]  # (1, labels, d)
+            return outputs
 
-        handle = self.base_model.register_forward_hook(catch)
+        handle = self.base_model.register_forward_hook(read)
         try:
-            outputs = inner_forward(*args, fused_lm_head=True, **kwargs)
+            outputs = inner_forward(*args, fused_lm_head=True, shift_labels=labels[None], **kwargs)
         finally:
             handle.remove()
-        fields = {
-            name: unroll_scores(value, shift) if value.shape == (len(shift), attention_mask.shape[1] - 1) else value
-            for name, value in outputs.items()
-        }
+        fields = {name: rows.unpack(value) for name, value in outputs.items()}
         return AnswerStateOutput(**fields, answer_state=states[-1])
 
     model.forward = types.MethodType(forward, model)
     model._hands_out_answer_state = True
+    model._shares_prompts = None if shared_prompt else False
 
 
 def encode_states(
@@ -124,6 +106,7 @@ def encode_states(
     sequences: Sequence[Sequence[int]],
     pad_token_id: int,
     token_budget: int = 16_384,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """
     Answer states of token sequences, each read at its last token; sorted by length, batched by a token budget.
@@ -139,16 +122,26 @@ def encode_states(
             Pads on the right; padded positions are masked.
         token_budget (`int`, *optional*, defaults to `16384`):
             Most tokens a forward, padding included (a longer sequence goes alone).
+        prompt_lengths (`Sequence[int]`, *optional*):
+            Tokens of each sequence that others may start with too: those are computed once where the model can
+            ([`~r2ec_trl.policy.shared_prompt.shares_prompts`]).
 
     Returns:
         `torch.Tensor` of shape `(len(sequences), d)`, float32, in the order given.
     """
     device = next(model.parameters()).device
-    batches = length_sorted_batches([len(sequence) for sequence in sequences], token_budget)
+    patched = next(module for module in model.modules() if hasattr(module, "_shares_prompts"))
+    if prompt_lengths is not None and shares_prompts(patched):
+        batches = shared_batches(sequences, prompt_lengths, token_budget)
+    else:
+        batches = length_sorted_batches([len(sequence) for sequence in sequences], token_budget)
     states = []
     for batch in track(batches, "prompts encoded"):
         input_ids, attention_mask = pad_right([sequences[i] for i in batch], pad_token_id, device)
-        output = model(input_ids=input_ids, attention_mask=attention_mask, answer_state_only=True)
+        lengths = None if prompt_lengths is None else [prompt_lengths[i] for i in batch]
+        output = model(
+            input_ids=input_ids, attention_mask=attention_mask, prompt_lengths=lengths, answer_state_only=True
+        )
         states.append(output.answer_state.float())
     order = torch.tensor([i for batch in batches for i in batch], device=device)
     return torch.cat(states)[order.argsort()]  # (n, d)
