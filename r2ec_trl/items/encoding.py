@@ -1,6 +1,6 @@
 """From item prompts to table rows: the encoder, the empty table, and the work shared out over processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from r2ec_trl.policy.answer_state import encode_states
 from r2ec_trl.policy.prompts import Prompts
 
 
-def make_encoder(model: torch.nn.Module, prompts: Prompts, token_budget: int) -> Encoder:
+def make_encoder(model: torch.nn.Module, prompts: Prompts, token_budget: int) -> Callable[..., torch.Tensor]:
     """Token sequences → states with `model` as it is now; for [`~r2ec_trl.items.table.ItemTable.refresh`]."""
     pad_token_id = prompts.tokenizer.pad_token_id
     return partial(encode_states, model, pad_token_id=pad_token_id, token_budget=token_budget)

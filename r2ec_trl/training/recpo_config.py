@@ -106,6 +106,13 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             "it is not saved."
         },
     )
+    shared_prompt: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the prompt of a group's rollouts once a forward; the same figures in fewer tokens. False "
+            "gives every rollout a row of its own, as models without position ids or attention masks get anyway."
+        },
+    )
     watch_steps: int = field(
         default=10,
         metadata={"help": "Every so many steps measure gradient norms of both terms, row cosines, fresh-rank gain."},

@@ -127,7 +127,7 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
         self.chat_template_kwargs = self.prompts.chat.kwargs  # TRL renders the prompts again: under the same clock
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        add_answer_state(base_model)
+        add_answer_state(base_model, args.shared_prompt)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             stop_generate_at_marker(base_model, self.reader)
         slices = self.accelerator if args.slice_table else None
@@ -212,7 +212,9 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
         with self._frozen_policy() as model:
             encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
             with self._timed("score"):
-                states = self.table.project(encoder(sequences)).to(self.table.device)
+                states = self.table.project(encoder(sequences, prompt_lengths=[*map(len, self._prompt_ids)])).to(
+                    self.table.device
+                )
             with self._timed("items"):
                 encoder = share_encoding(encoder, self.accelerator, self.table)
                 stale = self._refresh_table(encoder, sum(gather_object([sum(map(len, sequences))])))

@@ -41,7 +41,11 @@ FAMILIES = {
 def build(family: str, shared_prompt: bool, **overrides):
     """A patched model in training mode; the same weights at every call."""
     torch.manual_seed(0)
-    sizes = SIZES if family != "falcon" else {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
+    sizes = (
+        SIZES
+        if family != "falcon"
+        else {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
+    )
     config = transformers.AutoConfig.for_model(family, **(sizes | FAMILIES.get(family, {}) | overrides))
     eager = {"attn_implementation": "eager"} if family == "gemma2" else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **eager).float().train()
