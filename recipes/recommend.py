@@ -29,6 +29,7 @@ from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.serving.recommender import Recommendation, Recommender
+from r2ec_trl.serving.users import read_users
 
 
 @dataclass
@@ -51,7 +52,7 @@ class RecommendArguments(BundleArguments):
     save_bundle: str | None = field(default=None, metadata={"help": "Write the recommender as a bundle here."})
 
 
-def read_users(args: RecommendArguments) -> list[Any]:
+def users_of(args: RecommendArguments) -> list[Any]:
     """The users of the command line or of the input file."""
     given = [name for name in ("history", "history_titles", "input") if getattr(args, name) is not None]
     if len(given) > 1:
@@ -59,17 +60,7 @@ def read_users(args: RecommendArguments) -> list[Any]:
     if args.input is None:
         user = {name: getattr(args, name) for name in ("history", "history_titles", "history_ratings")}
         return [{name: value for name, value in user.items() if value is not None}] if given else []
-    users = []
-    with sys.stdin if args.input == "-" else open(args.input, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    users.append(json.loads(line))
-                except ValueError as error:
-                    raise UserError(f"{args.input}, line {number} is not JSON: {error}.") from error
-                if not isinstance(users[-1], (list, dict)):
-                    raise UserError(f"{args.input}, line {number} is neither a list of item ids nor an object.")
-    return users
+    return read_users(sys.stdin if args.input == "-" else args.input)
 
 
 def show(results: Sequence[Recommendation], console: Console) -> None:
@@ -88,7 +79,7 @@ def main() -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))]
     )
     args, policy_args = parse((RecommendArguments, PolicyArguments), description=__doc__)
-    users = read_users(args)
+    users = users_of(args)
     if not users and args.save_bundle is None:
         raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")
     if args.bundle is None:

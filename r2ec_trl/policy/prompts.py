@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.chat import Chat, Messages, template_options
 from r2ec_trl.policy.plain_text import PlainText
+from r2ec_trl.policy.purchases import purchase_values
 
 logger = logging.getLogger(__name__)
 
@@ -243,14 +244,12 @@ class Prompts:
             if missing := [item_id for item_id in example["history"] if item_id not in self.titles]:
                 raise UserError(f"User {example.get('user_id', '?')}: item {missing[0]!r} is not in the catalogue.")
             titles = [self.titles[item_id] for item_id in example["history"]]
-        ratings = example.get("history_ratings") if self.config.use_ratings else None
-        times = example.get("history_timestamps") if self.config.use_times else None
-        now = (example.get("timestamp") or max(times)) if times else 0
+        ratings, times, now = purchase_values(example, len(titles), f"User {example.get('user_id', '?')}")
         lines = []
-        for position, title in enumerate(titles):
-            since = f"{time_since(now - times[position])}: " if times else ""
-            rating = f" {ratings[position]:g} out of 5" if ratings and ratings[position] is not None else ""
-            lines.append(f"- {since}[{title}]{rating}")
+        for title, rating, time in zip(titles, ratings, times, strict=True):
+            since = f"{time_since(now - time)}: " if time is not None and self.config.use_times else ""
+            stars = f" {rating:g} out of 5" if rating is not None and self.config.use_ratings else ""
+            lines.append(f"- {since}[{title}]{stars}")
         return lines
 
     def _field(self, item: Mapping[str, Any], name: str) -> str:

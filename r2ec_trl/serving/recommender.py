@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -13,11 +13,9 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import answer_users
 from r2ec_trl.items.scoring import exclusion_matrix, top_k
 from r2ec_trl.policy.rollouts import Watch
+from r2ec_trl.serving.users import History, check_user, is_text
 from r2ec_trl.serving.where import matching_rows
 
-History: TypeAlias = "Sequence[str] | Mapping[str, Any]"
-
-_KEYS = ("user_id", "history", "history_titles", "history_ratings", "history_timestamps", "timestamp")
 _MASKS = 16  # filters kept for the next question that has the same
 
 
@@ -164,15 +162,14 @@ class Recommender:
         """
         if isinstance(histories, (str, Mapping)):
             raise UserError("`histories` holds one entry a user; put a single user into a list.")
-        texts: Sequence[str | None] = (
-            [reasoning] * len(histories) if reasoning is None or isinstance(reasoning, str) else list(reasoning)
-        )
+        one = isinstance(reasoning, str) or not isinstance(reasoning, Iterable)
+        texts: Sequence[Any] = [reasoning] * len(histories) if one else list(reasoning or ())
         if len(texts) != len(histories):
             raise UserError(
                 f"There are {len(texts)} reasonings for {len(histories)} users; give one text, or one each."
             )
         options: dict[str, Any] = {"exclude_history": exclude_history, "where": where}
-        options |= {"allow": None if allow is None else tuple(allow), "exclude": tuple(exclude)}  # read once only
+        options |= {"allow": None if allow is None else _ids("allow", allow), "exclude": _ids("exclude", exclude)}
         pairs = enumerate(zip(histories, texts, strict=True))
         return self.answer([self.prepare(user, k, reasoning=text, name=i, **options) for i, (user, text) in pairs])
 
@@ -197,9 +194,11 @@ class Recommender:
             name (`int`, *optional*, defaults to `0`):
                 What a sentence calls a user without `user_id`.
         """
-        if k < 1:
-            raise UserError(f"`k` is {k}; ask for one item at least.")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise UserError(f"`k` is {k!r}; ask for one item at least, as a whole number.")
         mode = self.bundle.meta["protocol"]["reasoning"] if reasoning is None else reasoning
+        if not is_text(mode):
+            raise UserError(f"`reasoning` is {mode!r:.80}; give 'full', 'none' or a text.")
         return Question(self._user(history, name), k, exclude_history, mode, self._allowed(where, allow, exclude))
 
     @torch.no_grad()
@@ -259,22 +258,10 @@ class Recommender:
 
     def _user(self, history: History, number: int) -> dict[str, Any]:
         """A prompt's example, with the catalogue rows of its purchases under `rows`."""
-        user: dict[str, Any] = dict(history) if isinstance(history, Mapping) else {"history": list(history)}
-        name = f"User {user.get('user_id', number)}"
-        unknown = [key for key in user if key not in _KEYS and key not in ("target",)]
-        if unknown:
-            raise UserError(f"{name} has the key {unknown[0]!r}; give {', '.join(_KEYS)}.")
-        if ("history" in user) == ("history_titles" in user):
-            raise UserError(f"{name}: give either `history` (item ids) or `history_titles`.")
+        name = f"User {history.get('user_id', number)!s:.80}" if isinstance(history, Mapping) else f"User {number}"
+        user = check_user(history, name)
         key = "history" if "history" in user else "history_titles"
         purchases = user[key]
-        if isinstance(purchases, str) or not all(isinstance(purchase, str) for purchase in purchases):
-            raise UserError(f"{name}: `{key}` must be a list of texts.")
-        if not purchases:
-            raise UserError(f"{name} has an empty history; give at least one purchase.")
-        for column in ("history_ratings", "history_timestamps"):
-            if user.get(column) is not None and len(user[column]) != len(purchases):
-                raise UserError(f"{name} has {len(purchases)} purchases, but {len(user[column])} `{column}`.")
         index = self.bundle.table.index
         if key == "history":
             for item_id in purchases:
@@ -300,10 +287,9 @@ class Recommender:
 
     def _allowed(self, where: str | None, allow: Iterable[str] | None, exclude: Iterable[str]) -> torch.Tensor | None:
         """Mask of the items that may be recommended, `(N,)`; `None` for all."""
-        refused = tuple(exclude)
-        if where is None and allow is None and not refused:
+        key = (where, allow if allow is None else _ids("allow", allow), _ids("exclude", exclude))
+        if key == (None, None, ()):
             return None
-        key = (where, allow if allow is None else tuple(allow), refused)
         if self._masks_of is not self.bundle.items or len(self._masks) >= _MASKS:
             self._masks_of, self._masks = self.bundle.items, {}
         if key not in self._masks:
@@ -322,6 +308,16 @@ class Recommender:
         if not mask.any():
             raise UserError("No item is left to recommend: `where`, `allow` and `exclude` leave none; loosen them.")
         return mask.to(table.device)
+
+
+def _ids(name: str, item_ids: Iterable[str]) -> tuple[str, ...]:
+    is_list = isinstance(item_ids, Iterable) and not isinstance(item_ids, str)
+    given: tuple[Any, ...] = tuple(item_ids) if is_list else (item_ids,)
+    if not is_list or not all(isinstance(one, str) for one in given):
+        raise UserError(
+            f"`{name}` is {(given if is_list else item_ids)!r:.80}; give a list of item ids, all of them texts."
+        )
+    return given
 
 
 def _folded(title: str) -> str:
