@@ -3,31 +3,35 @@ Recommend for any user: by a bundle, or by a model or adapter with a dataset fol
 
     python recipes/recommend.py --bundle outputs/demo/bundle --history_titles "orvo black cello bow"
     python recipes/recommend.py --bundle BUNDLE --input users.jsonl --where "price < 50" --format jsonl > out.jsonl
+    accelerate launch recipes/recommend.py --bundle BUNDLE --input users.parquet --output FOLDER     # millions
     python recipes/recommend.py --adapter dd101bb/gemma-2b-games --model_name_or_path google/gemma-2-2b-it \
         --prompt_preset reference --dataset DATASET_FOLDER --save_bundle BUNDLE        # then --bundle BUNDLE
 
 A line of `--input` is a list of item ids, or an object with `history` (ids) or `history_titles` (titles, also of items
 outside the catalogue) and optionally `history_ratings`, `history_timestamps`, `timestamp` (seconds) and `user_id`.
+With `--output` the users are shared out over the processes and read piece by piece; whole Parquet parts are written,
+and a run that was killed goes on where it stopped.
 Hardware: whatever the model runs on; a bundle loads without encoding anything.
 """
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
 from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of, load_bundle, make_bundle
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.terminal import WorkDisplay, printable, start_logging
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.loading import PolicyArguments
+from r2ec_trl.serving.batch import recommend_file
 from r2ec_trl.serving.recommender import Recommendation, Recommender
 from r2ec_trl.serving.users import read_users
 
@@ -40,6 +44,10 @@ class RecommendArguments(BundleArguments):
     history_titles: list[str] | None = field(default=None, metadata={"help": "One user's purchases as titles."})
     history_ratings: list[float] | None = field(default=None, metadata={"help": "Their ratings out of 5."})
     input: str | None = field(default=None, metadata={"help": "JSON lines of users; '-' is standard input."})
+    output: str | None = field(
+        default=None, metadata={"help": "Folder for Parquet parts: --input may then be Parquet and of any length."}
+    )
+    part_users: int = field(default=1000, metadata={"help": "Users a part of --output; one part is in memory."})
     k: int = field(default=10, metadata={"help": "Items a user."})
     exclude_history: bool = field(default=True, metadata={"help": "Leave out what the user has bought."})
     reasoning: str | None = field(
@@ -67,21 +75,26 @@ def show(results: Sequence[Recommendation], console: Console) -> None:
     """A table a user, the reasoning above it."""
     for number, result in enumerate(results):
         name = result.user_id if result.user_id is not None else f"user {number}"
-        console.print(f"[bold]{escape(name)}[/bold] {escape(result.reasoning)}")
+        reasoning = printable(result.reasoning, keep="\n")
+        console.print(f"[bold]{escape(printable(name))}[/bold] {escape(reasoning)}")
         table = Table("", "item", "id", "score")
         for rank, item in enumerate(result.items, start=1):
-            table.add_row(str(rank), escape(item.title), escape(item.item_id), f"{item.score:.4f}")
+            table.add_row(
+                str(rank), escape(printable(item.title)), escape(printable(item.item_id)), f"{item.score:.4f}"
+            )
         console.print(table)
 
 
 def main() -> None:
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))]
-    )
     args, policy_args = parse((RecommendArguments, PolicyArguments), description=__doc__)
-    users = users_of(args)
-    if not users and args.save_bundle is None:
+    start_logging(PartialState().is_main_process, Console(stderr=True))
+    if args.output is not None and args.input in (None, "-"):
+        raise UserError("--output takes its users from a file; add --input FILE.")
+    users = [] if args.output is not None else users_of(args)
+    if not users and args.save_bundle is None and args.output is None:
         raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")
+    if args.engine == "vllm" and PartialState().num_processes > 1:
+        raise UserError("--engine vllm recommends in one process; launch with `python`, or leave it out.")
     if args.bundle is None:
         bundle = make_bundle(args, policy_args, *load_dataset(args.dataset))
     elif args.dataset is None:
@@ -90,15 +103,17 @@ def main() -> None:
         raise UserError("--dataset is decided by the bundle; leave out one of the two.")
     if args.save_bundle is not None:
         bundle.save(args.save_bundle)
-    results = Recommender(bundle, engine_of(args, bundle)).recommend(
-        users,
-        args.k,
-        exclude_history=args.exclude_history,
-        reasoning=args.reasoning,
-        where=args.where,
-        allow=args.allow,
-        exclude=args.exclude or (),
-    )
+    recommender = Recommender(bundle, engine_of(args, bundle))
+    options = {name: getattr(args, name) for name in ("k", "exclude_history", "reasoning", "where", "allow")}
+    options["exclude"] = args.exclude or ()
+    if args.output is not None:
+        with WorkDisplay(PartialState().is_main_process, Console(stderr=True)):
+            summary = recommend_file(recommender, args.input, args.output, args.part_users, **options)
+        if PartialState().is_main_process:
+            print(json.dumps(summary))
+        PartialState().destroy_process_group()
+        return
+    results = recommender.recommend(users, **options)
     if args.format == "table":
         show(results, Console())
     else:

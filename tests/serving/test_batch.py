@@ -1,0 +1,184 @@
+"""A file of users: each once, whatever is killed, by any number of processes, in memory that does not grow."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from r2ec_trl.errors import UserError
+from r2ec_trl.serving.batch import recommend_file
+from r2ec_trl.serving.recommender import Recommender
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_users(path, ids, count):
+    draw = random.Random(count)
+    users = [{"user_id": f"u{n}", "history": draw.sample(ids, draw.randint(1, 5))} for n in range(count)]
+    path.write_text("".join(json.dumps(user) + "\n" for user in users), encoding="utf-8")
+    return users
+
+
+def parts(folder):
+    return pl.concat([pl.read_parquet(path) for path in sorted(Path(folder).glob("part-*.parquet"))])
+
+
+def check_answers(frame, users, library, **options):
+    """Each user once and in order, with the library's own answer."""
+    assert frame["row"].to_list() == list(range(len(users)))
+    for row, result in zip(frame.iter_rows(named=True), library.recommend(users, **options), strict=True):
+        assert row["item_ids"] == [item.item_id for item in result.items]
+        assert row["scores"] == pytest.approx([item.score for item in result.items], abs=1e-5)
+        assert (row["reasoning"], row["user_id"]) == (result.reasoning, result.user_id)
+        assert (row["has_marker"], row["reasoning_tokens"]) == (result.has_marker, result.reasoning_tokens)
+
+
+def test_every_user_once_and_as_the_library_says(library, tmp_path):
+    users = write_users(tmp_path / "users.jsonl", library.bundle.table.item_ids, 23)
+    summary = recommend_file(library, str(tmp_path / "users.jsonl"), str(tmp_path / "out"), 5, k=3)
+    assert (summary["users"], summary["answered_now"], summary["errors_now"]) == (23, 23, 0)
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 5
+    check_answers(parts(tmp_path / "out"), users, library, k=3)
+    pl.DataFrame(users).write_parquet(tmp_path / "users.parquet", row_group_size=7)
+    recommend_file(library, str(tmp_path / "users.parquet"), str(tmp_path / "same"), 5, k=3)
+    assert parts(tmp_path / "same").equals(parts(tmp_path / "out"))
+
+
+def test_it_goes_on_where_it_stopped(library, tmp_path, monkeypatch):
+    write_users(tmp_path / "users.jsonl", library.bundle.table.item_ids, 23)
+    arguments = (library, str(tmp_path / "users.jsonl"), str(tmp_path / "out"), 5)
+    answer, count = Recommender.answer, []
+
+    def dies(self, questions, watch=None):
+        count.append(len(questions))
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return answer(self, questions, watch)
+
+    monkeypatch.setattr(Recommender, "answer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        recommend_file(*arguments)
+    assert parts(tmp_path / "out").height == 10
+    assert recommend_file(*arguments)["answered_now"] == 13
+    assert count == [5, 5, 5, 5, 5, 3]
+    assert parts(tmp_path / "out")["row"].to_list() == list(range(23))
+    assert recommend_file(*arguments)["answered_now"] == 0
+
+
+def test_another_question_does_not_mix_with_the_first(library, tmp_path):
+    source, folder = tmp_path / "users.jsonl", str(tmp_path / "out")
+    write_users(source, library.bundle.table.item_ids, 4)
+    recommend_file(library, str(source), folder, 2)
+    for options, what in (
+        ({"part_users": 3}, "part_users"),
+        ({"k": 3}, "options"),
+        ({"where": "price < 9"}, "options"),
+    ):
+        with pytest.raises(UserError, match=f"was begun with another {what}"):
+            recommend_file(library, str(source), folder, **{"part_users": 2, **options})
+    source.write_text(source.read_text() + '["i00"]\n')
+    with pytest.raises(UserError, match="was begun with another sha256"):
+        recommend_file(library, str(source), folder, 2)
+    with pytest.raises(UserError, match="is not empty and holds no plan.json"):
+        recommend_file(library, str(source), str(tmp_path), 2)
+    with pytest.raises(UserError, match="cannot be read"):
+        recommend_file(library, str(tmp_path / "none.jsonl"), str(tmp_path / "new"), 2)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        recommend_file(library, str(tmp_path / "bad.parquet"), str(tmp_path / "new"), 2)
+
+
+def test_who_cannot_be_answered_is_counted_and_told_why(library, tmp_path):
+    good = json.dumps([library.bundle.table.item_ids[0]])
+    lines = [good, '{"history": ["nope"]}', "{", "", "3", '{"history": []}', "\x1b[2J", "[" * 10_000, good]
+    (tmp_path / "users.jsonl").write_text("\n".join(lines))  # no line end after the last one
+    (tmp_path / "latin").write_bytes(b'["\xe9"]\n')
+    summary = recommend_file(library, str(tmp_path / "users.jsonl"), str(tmp_path / "out"), 4)
+    assert (summary["users"], summary["errors_now"]) == (9, 7)
+    frame = parts(tmp_path / "out")
+    assert frame["error"].is_null().to_list() == [True, *[False] * 7, True]
+    assert "User 1 bought 'nope'" in frame["error"][1] and "not JSON" in frame["error"][2]
+    assert frame["item_ids"][0].to_list() == frame["item_ids"][8].to_list()
+    recommend_file(library, str(tmp_path / "latin"), str(tmp_path / "two"), 4)
+    assert "not JSON" in parts(tmp_path / "two")["error"][0]
+
+
+def start(folder, source, output, processes, *words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    )
+    recipe = [str(ROOT / "recipes" / "recommend.py"), "--bundle", str(folder), "--input", str(source)]
+    command = [sys.executable, *launcher, *recipe, "--output", str(output), *map(str, words)]
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(3000)
+def test_killed_three_times_on_two_processes(served_folder, library, tmp_path):
+    """Takes R2EC_TRL_USERS users (400) of the bundle."""
+    count = int(os.environ.get("R2EC_TRL_USERS", "400"))
+    users = write_users(tmp_path / "users.jsonl", library.bundle.table.item_ids, count)
+    size = max(10, count // 50)
+    for wanted in (3, 17, 31):  # parts at which it is killed
+        run = start(served_folder, tmp_path / "users.jsonl", tmp_path / "out", 2, "--part_users", size)
+        while len(list((tmp_path / "out").glob("part-*.parquet"))) < wanted and run.poll() is None:
+            time.sleep(0.02)
+        assert run.poll() is None, run.communicate()
+        for process in [run.pid, *_children(run.pid)]:
+            os.kill(process, signal.SIGKILL)
+        run.wait()
+    run = start(served_folder, tmp_path / "users.jsonl", tmp_path / "out", 2, "--part_users", size)
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["users"] == count and 0 < summary["answered_now"] < count
+    recommend_file(library, str(tmp_path / "users.jsonl"), str(tmp_path / "unbroken"), size, k=10)
+    frame, unbroken = parts(tmp_path / "out"), parts(tmp_path / "unbroken")
+    assert frame["row"].to_list() == list(range(count)) and frame["user_id"].to_list() == [u["user_id"] for u in users]
+    for name in frame.columns:
+        if name != "scores":
+            assert frame[name].equals(unbroken[name]), name
+    difference = (frame["scores"].explode() - unbroken["scores"].explode()).abs().max()
+    print(f"\n{count} users, killed three times: {summary}; largest difference of a score {difference}")
+    assert difference < 1e-5
+    assert not [path for path in (tmp_path / "out").iterdir() if "unfinished" in path.name]
+
+
+def _children(parent):
+    """The processes that torchrun started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_memory_does_not_grow_with_the_users(served_folder, library, tmp_path):
+    """Peak resident memory at R2EC_TRL_MANY users (20,000) is at most 1.2 times that at a tenth; reasoning off."""
+    many, peaks = int(os.environ.get("R2EC_TRL_MANY", "20000")), {}
+    for count in (many // 10, many):
+        source = tmp_path / f"{count}.jsonl"
+        write_users(source, library.bundle.table.item_ids, count)
+        run = start(served_folder, source, tmp_path / str(count), 1, "--reasoning", "none", "--k", 5)
+        run.stdout.read()  # until it ends
+        _, status, usage = os.wait4(run.pid, 0)
+        assert status == 0, run.stderr.read()
+        peaks[count] = usage.ru_maxrss
+        seconds = json.loads((tmp_path / str(count) / "summary.json").read_text())["seconds"]
+        print(f"\n{count} users: {usage.ru_maxrss / 1024:.0f} MiB, {seconds} s")
+    assert peaks[many] <= 1.2 * peaks[many // 10]
