@@ -3,7 +3,7 @@ A training run that goes wrong on purpose; tests/test_faults.py launches it on o
 
     torchrun --nproc_per_node 2 tests/fault_worker.py CASE.json
 
-CASE.json is a case of tests/distributed_worker.py with `fault`: what happens in the third step, and on which rank:
+CASE.json is a case of tests/distributed_worker.py with `fault`: what happens in the third step, and on which process:
 "memory", "hang" and "loss" on the last one, "disk" on the first, "wait" on all.
 """
 
@@ -29,13 +29,13 @@ class FaultyTrainer(RecPOTrainer):
     fault = ""
 
     def _is_due(self, first: bool) -> bool:
-        rank = 0 if first else self.accelerator.num_processes - 1
-        due = self.state.global_step == STEP and self.accelerator.process_index == rank
+        process_index = 0 if first else self.accelerator.num_processes - 1
+        due = self.state.global_step == STEP and self.accelerator.process_index == process_index
         if due:
             print("going wrong", flush=True)
         return due
 
-    def _generate(self, prompts):
+    def roll_out(self, prompts, trainer=None):
         if self.fault == "hang" and self._is_due(first=False):
             time.sleep(3600)
         if self.fault == "wait" and self.state.global_step == STEP:
@@ -43,14 +43,14 @@ class FaultyTrainer(RecPOTrainer):
             time.sleep(5)
         if self.fault == "disk" and self._is_due(first=True):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # from now on no file grows beyond 20 kB
-        return super()._generate(prompts)
+        return super().roll_out(prompts)
 
     def _compute_loss(self, model, inputs):
+        if self.fault == "loss" and self._is_due(first=False):
+            inputs = {**inputs, "advantages": inputs["advantages"] * torch.nan}
         loss = super()._compute_loss(model, inputs)
         if self.fault == "memory" and self._is_due(first=False):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if self.fault == "loss" and self._is_due(first=False):
-            loss = loss * torch.nan
         return loss
 
 

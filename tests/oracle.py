@@ -55,7 +55,7 @@ def record(trainer) -> Record:
 
     def noting_generate(inputs):
         output = generate(inputs)
-        rollouts, prompts = trainer._rollouts, [list(ids) for ids in trainer._prompt_ids]
+        rollouts, prompts = trainer.batch.rollouts, [list(ids) for ids in trainer.batch.prompts]
         advantages = output["advantages"].tolist()
         notes.generations.append(Generation(inputs, prompts, rollouts, advantages, dict(output)))
         return output

@@ -14,6 +14,7 @@ from datasets import Dataset
 from oracle import advantages_of, distance, goes_red, record, row_of
 from transformers import LogitsProcessorList
 
+import r2ec_trl.training.item_term as item_term
 import r2ec_trl.training.recpo_trainer as recpo_trainer
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.table import ItemTable
@@ -101,8 +102,9 @@ def test_4_the_longest_row_keeps_its_last_token(make_trainer, replay, sample):
     def check(trim=False):
         replay(sample)
         trainer = make_trainer(max_steps=1, item_credit="all", reward=odd_reward)
-        inner, generate, item_loss = trainer._compute_loss, trainer._generate_and_score_completions, trainer._item_loss
-        trainer._generate_and_score_completions = lambda inputs: {**generate(inputs), "rewarded": trainer._states}
+        inner, generate = trainer._compute_loss, trainer._generate_and_score_completions
+        item_loss = trainer.item_term.loss
+        trainer._generate_and_score_completions = lambda inputs: {**generate(inputs), "rewarded": trainer.batch.states}
 
         def compute(model, inputs):
             if trim:
@@ -110,12 +112,11 @@ def test_4_the_longest_row_keeps_its_last_token(make_trainer, replay, sample):
                 inputs = {**inputs, **{name: inputs[name][:, :-1] for name in names}}
             return inner(model, inputs)
 
-        def compare(inputs):
-            states = trainer.table.project(trainer._answer_states.detach())
-            assert (states - inputs["rewarded"]).abs().max() < 1e-5
-            return item_loss(inputs)
+        def compare(states, inputs, *rest):
+            assert (trainer.table.project(states.detach()) - inputs["rewarded"]).abs().max() < 1e-5
+            return item_loss(states, inputs, *rest)
 
-        trainer._compute_loss, trainer._item_loss = compute, compare
+        trainer._compute_loss, trainer.item_term.loss = compute, compare
         trainer.train()
 
     check()
@@ -172,13 +173,13 @@ def test_9_the_gradient_does_not_depend_on_the_micro_batch(run):
     check()
 
     def per_micro_batch(trainer):
-        inner = trainer._item_loss
+        inner = trainer.item_term.loss
 
-        def item_loss(inputs):
+        def item_loss(states, inputs, batch, normalizer):
             local = (inputs["tool_mask"] * inputs["completion_mask"]).sum().float()
-            return inner({**inputs, "num_items_in_batch": local})
+            return inner(states, inputs, batch, normalizer * local / inputs["num_items_in_batch"])
 
-        trainer._item_loss = item_loss
+        trainer.item_term.loss = item_loss
 
     with goes_red():
         check(per_micro_batch)
@@ -262,7 +263,7 @@ def test_12_transformers_stops_at_the_marker_too(make_trainer, tiny_model, chat_
         model.generate = generate
         trainer = make_trainer(model=model, peft=False, max_completion_length=30)
         trainer.model.train()
-        _, ids, *_ = trainer._generate([[{"role": "user", "content": "drum"}]] * 4)
+        ids = trainer.roll_out([[{"role": "user", "content": "drum"}]] * 4)["completion_ids"]
         assert ids == [marker] * 4
         assert len(steps) == len(marker)
 
@@ -285,8 +286,8 @@ def test_14_the_reward_sees_fresh_target_rows(make_trainer, replay, sample, monk
         with torch.no_grad():
             now = trainer.table.project(encoder(trainer.table.token_ids))
         fresh = [row for row in range(40) if torch.allclose(trainer.table.rows[row], now[row], atol=1e-5)]
-        assert set(trainer._candidates) <= set(fresh) and len(fresh) < 40
-        assert not torch.allclose(states_then[trainer._candidates], now[trainer._candidates], atol=1e-5)
+        assert set(trainer.batch.candidates) <= set(fresh) and len(fresh) < 40
+        assert not torch.allclose(states_then[trainer.batch.candidates], now[trainer.batch.candidates], atol=1e-5)
 
     check()
     inner = ItemTable.refresh
@@ -305,14 +306,14 @@ def test_14_a_target_that_two_users_share_is_no_negative(run, shop, monkeypatch)
 
     def check():
         trainer, notes = run(train=train, gradient_accumulation_steps=12, token_coef=0.0, item_temperature=1.0)
-        assert len(trainer._candidates) == 2 and sorted(set(trainer._candidates)) == trainer._candidates
+        assert len(trainer.batch.candidates) == 2 and sorted(set(trainer.batch.candidates)) == trainer.batch.candidates
         # two candidates at τ = 1: log-softmax of a cosine in [-1, 1] is above -2.13; three with a twin would be lower
         assert all(log["item/logprob"] > -1.0 for log in trainer.state.log_history if "item/logprob" in log)
 
     check()
-    inner = recpo_trainer.candidate_logprobs
+    inner = item_term.candidate_logprobs
     monkeypatch.setattr(
-        recpo_trainer,
+        item_term,
         "candidate_logprobs",
         lambda states, rows, positions, tau: inner(states, rows.repeat(6, 1), positions, tau),
     )
@@ -321,14 +322,15 @@ def test_14_a_target_that_two_users_share_is_no_negative(run, shop, monkeypatch)
 
 
 def test_15_out_of_memory_is_never_swallowed(make_trainer, replay, sample):
-    for name in ("_item_loss", "_candidate_rows", "_refresh_table"):
+    for name in ("item_term.loss", "item_term.candidate_rows", "_refresh_table"):
         replay(sample)
         trainer = make_trainer()
+        *owner, name = name.split(".")
 
         def explode(*args, **kwargs):
             raise torch.OutOfMemoryError("out of memory")
 
-        setattr(trainer, name, explode)
+        setattr(trainer.item_term if owner else trainer, name, explode)
         with pytest.raises(UserError, match="Out of memory"):
             trainer.train()
         assert trainer.state.global_step == 0

@@ -62,7 +62,7 @@ def test_7_small_catalogues_ragged_batches_and_cutoff_one(make_trainer, replay, 
     trainer.train()
     ranks = trainer.evaluate_frame(trainer.eval_dataset.select(range(7)))["rank"]
     assert len(ranks) == 7 and all(1 <= rank <= 40 for rank in ranks)
-    assert all(0 <= reward <= 1 for reward in trainer._rewards_per_func.flatten().tolist())
+    assert all(0 <= reward <= 1 for reward in trainer.batch.rewards.flatten().tolist())
 
 
 def test_13_truncation_keeps_the_generation_prompt_the_marker_and_the_newest_purchase(
@@ -91,18 +91,17 @@ def test_16_the_history_mask_is_a_switch_and_both_figures_are_told(make_trainer,
     for mask in (False, True):
         replay(sample)
         trainer = make_trainer(train=Dataset.from_list(repeats), mask_history=mask, max_steps=1, item_coef=0.0)
-        inner, seen = trainer._log_recommendations, []
-        trainer._log_recommendations = lambda inputs, completions, scores, extra: (
-            seen.append((inputs, extra)),
-            inner(inputs, completions, scores, extra),
+        inner, seen = trainer.telemetry.recommendations, []
+        trainer.telemetry.recommendations = lambda titles, rows, *rest: (
+            seen.extend(rows),
+            inner(titles, rows, *rest),
         )
         trainer.train()
-        ((inputs, extra),) = seen
-        ranks[mask] = [row["target_rank"] for row in extra]
-        shown = [set(row["top_item_ids"]) & (set(user["history"])) for user, row in zip(inputs, extra, strict=True)]
+        ranks[mask] = [row["target_rank"] for row in seen]
+        shown = [set(row["top_item_ids"]) & set(row["history"]) for row in seen]
         assert any(shown) != mask  # items of the history are recommended, or not
     assert all(masked <= plain for masked, plain in zip(ranks[True], ranks[False], strict=True))
-    assert max(ranks[True]) <= 40  # in training the target itself stays, a repeat too
+    assert len(ranks[True]) == 8 and max(ranks[True]) <= 40  # in training the target itself stays, a repeat too
     figures = make_trainer(max_completion_length=2, max_eval_users=3).evaluate()
     assert {"eval_recommendation/ndcg@10", "eval_recommendation/masked_ndcg@10"} <= figures.keys()
 

@@ -97,8 +97,8 @@ def finish_run(
     main = trainer.accelerator.is_main_process
     trainer.model.eval()
     trainer.save_model(str(folder))
-    with trainer._frozen_policy() as model:
-        trainer._refresh_whole_table(model)
+    with trainer.frozen_policy() as model:
+        trainer.refresh_whole_table(model)
         table = trainer.table.whole()
         if main and table is not None:
             trainer.create_model_card(model_name=folder.name)
@@ -150,7 +150,7 @@ def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -
 
     To make room, the trained model is left in main memory, unless it is quantised or DeepSpeed's.
     """
-    users, rollouts = trainer._own_users(dataset, trainer.reasoning)
+    users, rollouts = trainer.own_users(dataset, trainer.reasoning)
     if not (getattr(trainer.model, "is_quantized", False) or trainer.is_deepspeed_enabled):
         trainer.model.to("cpu")
     unset_hf_deepspeed_config()  # under ZeRO-3 the bundle's weights would be shared out as they are loaded

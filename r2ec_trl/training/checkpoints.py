@@ -5,19 +5,17 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.table import ItemTable
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +81,7 @@ def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None, bes
     kept = set(whole[-1:]) | {path for path in whole if best is not None and path.name == Path(best).name}
     candidates = [path for path in found if path not in whole] + [path for path in whole if path not in kept]
     for path in candidates[: max(0, len(found) - max(limit, len(kept)))]:
-        (path / MANIFEST).unlink(missing_ok=True)  # first, so that a kill in between leaves no folder that looks whole
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def is_write_error(error: BaseException) -> bool:
@@ -97,40 +94,50 @@ def is_write_error(error: BaseException) -> bool:
     )
 
 
-class WholeCheckpoints(_Base):
+class CheckpointKeeper(TrainerCallback):
     """
-    Mixin for a [`~transformers.Trainer`] with a `table`. What is overridden, and why:
+    Keeps a run's checkpoints whole, and picks up a run where one was left: the item table is saved with each, the
+    manifest comes last, and only then are older checkpoints deleted.
 
-    - `_save_checkpoint`: the item table is saved too, the manifest comes last, and only then are older checkpoints
-      deleted; a failing write leaves no half-written folder.
-    - `train`: resumes from `"latest"`, the newest whole checkpoint, and gives the table its rows back.
-    - `_get_train_sampler`: TRL's sampler shuffles each epoch anew from one generator, which a resumed run starts over.
+    Args:
+        table ([`~r2ec_trl.items.table.ItemTable`]):
+            Saved with each checkpoint, and given its rows back.
+        accelerator ([`~accelerate.Accelerator`]):
+            Waits for the other processes.
+        args ([`~transformers.TrainingArguments`]):
+            `output_dir`, `save_total_limit` and which process saves.
     """
 
-    table: ItemTable
-    _epochs_done = 0
+    def __init__(self, table: ItemTable, accelerator: Any, args: Any):
+        self.table, self.accelerator, self.args = table, accelerator, args
+        self._epochs_done = 0
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    # ------------------------------------------------------------------ resume
+    def resume_from(self, wanted: str | bool | None) -> Path | None:
         """
-        As [`~transformers.Trainer`]'s.
+        The checkpoint to go on from, its table loaded; `None` to start from the beginning.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
+            wanted (`str` or `bool`, *optional*):
                 A checkpoint's folder, or `"latest"` (or `True`): the newest whole one of `output_dir`, if any.
         """
-        folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        if folder is not None:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            self._epochs_done = int(state["epoch"] + 1e-9)
-            self._resume_table(folder)
-            if self.args.device.type == "cpu":  # of several processes it is "cpu:0", a place torch.load does not know
-                self.args.__dict__["_setup_devices"] = torch.device("cpu")
-            logger.info("Resuming from %s (step %d).", folder, state["global_step"])
-            if not [path for pattern in ("optimizer.*", "global_step*") for path in folder.glob(pattern)]:
-                logger.warning("%s holds no optimizer (`save_only_model`): it starts anew.", folder)
-        return super().train(None if folder is None else str(folder), *args, **kwargs)
+        folder = self._choose(wanted)
+        if folder is None:
+            return None
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        self._epochs_done = int(state["epoch"] + 1e-9)
+        try:
+            self.table.load(folder)
+        except UserError as error:
+            logger.warning("The item table is encoded anew: %s", error)
+        if self.args.device.type == "cpu":  # of several processes it is "cpu:0", a place torch.load does not know
+            self.args.__dict__["_setup_devices"] = torch.device("cpu")
+        logger.info("Resuming from %s (step %d).", folder, state["global_step"])
+        if not [path for pattern in ("optimizer.*", "global_step*") for path in folder.glob(pattern)]:
+            logger.warning("%s holds no optimizer (`save_only_model`): it starts anew.", folder)
+        return folder
 
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
+    def _choose(self, wanted: str | bool | None) -> Path | None:
         if not wanted:
             return None
         if wanted is True or wanted == LATEST:
@@ -148,52 +155,67 @@ class WholeCheckpoints(_Base):
             )
         return folder
 
-    def _resume_table(self, folder: Path) -> None:
-        try:
-            self.table.load(folder)
-        except UserError as error:
-            logger.warning("The item table is encoded anew: %s", error)
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        """TRL's sampler shuffles each epoch anew from one generator: a resumed run draws what was drawn before."""
+        batches: Any = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(batches, "batch_sampler"):  # accelerate's shard of it
+            batches = batches.batch_sampler
+        sampler: Any = getattr(batches, "sampler", None)
+        generator = getattr(sampler, "generator", None)
+        if type(sampler).__name__ == "RepeatSampler" and generator is not None:
+            for _ in range(self._epochs_done):
+                torch.randperm(sampler.num_samples, generator=generator)
+        self._epochs_done = 0
 
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():  # left half-written, or of an earlier run of the same steps
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+    # -------------------------------------------------------------------- save
+    @contextmanager
+    def saving(self, folder: Path, state: Any) -> Iterator[None]:
+        """
+        Around transformers' writing of a checkpoint; a failing write leaves no half-written folder.
+
+        Args:
+            folder (`Path`):
+                Where it goes.
+            state ([`~transformers.TrainerState`]):
+                Knows the best checkpoint so far.
+        """
+        saves = self.args.should_save
+        if saves and folder.exists():  # left half-written, or of an earlier run of the same steps
+            _remove(folder)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # ours follows the manifest
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save and 0 < self.table.num_bytes <= MAX_TABLE_BYTES:
+            yield
+            if saves and 0 < self.table.num_bytes <= MAX_TABLE_BYTES:
                 self.table.save(folder)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
+            if saves:
                 write_manifest(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not is_write_error(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(self._write_failure(folder, error)) from error
+            raise UserError(_write_failure(folder, error)) from error
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save:
-            remove_old_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+        if saves:
+            remove_old_checkpoints(folder.parent, limit, state.best_model_checkpoint)
 
-    def _write_failure(self, folder: Path, error: BaseException) -> str:
-        whole = [path for path in checkpoints(folder.parent) if is_whole(path)]
-        left = f"{whole[-1]} is whole" if whole else "no checkpoint is left"
-        reason = " ".join(str(error).split())[:200]
-        return (
-            f"The checkpoint {folder} could not be written ({reason}); {left}. Free some space (a lower "
-            f"`--save_total_limit` keeps fewer), then go on with `--resume_from_checkpoint {LATEST}`."
-        )
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any):
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        generator = getattr(sampler, "generator", None)
-        if type(sampler).__name__ == "RepeatSampler" and generator is not None:
-            for _ in range(self._epochs_done):
-                torch.randperm(sampler.num_samples, generator=generator)
-        return sampler
+def _write_failure(folder: Path, error: BaseException) -> str:
+    whole = [path for path in checkpoints(folder.parent) if is_whole(path)]
+    left = f"{whole[-1]} is whole" if whole else "no checkpoint is left"
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"The checkpoint {folder} could not be written ({reason}); {left}. Free some space (a lower "
+        f"`--save_total_limit` keeps fewer), then go on with `--resume_from_checkpoint {LATEST}`."
+    )
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first: a kill in between leaves no folder that looks whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _step(path: Path) -> int:

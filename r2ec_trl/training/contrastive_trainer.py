@@ -15,11 +15,11 @@ from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
-from r2ec_trl.training.checkpoints import WholeCheckpoints
-from r2ec_trl.training.faults import FaultStops
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
+from r2ec_trl.training.guarded import GuardedTraining
 from r2ec_trl.training.objective import contrastive_loss, mean_pairwise_cosine
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
+from r2ec_trl.training.telemetry import Telemetry
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
         self.check_scoring()
 
 
-class ContrastiveTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, Trainer):
+class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
     """
     Pulls the answer state of a user prompt (no reasoning) towards the target's row, away from the batch's other
     distinct targets; gradient flows to both sides of every score (M8).
@@ -100,6 +100,7 @@ class ContrastiveTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, Trainer
             processing_class=processing_class,
             **kwargs,
         )
+        self.guard_training(Telemetry(self.accelerator, self.steps_taken))
         self.model_accepts_loss_kwargs = False  # the mean over users: let Trainer divide by the accumulation steps
 
     def _encode(self, example: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +130,7 @@ class ContrastiveTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, Trainer
         )
         if self.state.global_step % self.args.logging_steps == 0:
             self._row_cosine = mean_pairwise_cosine(rows.detach()).item()
+        self.guard.check_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

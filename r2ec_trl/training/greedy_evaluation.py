@@ -15,6 +15,7 @@ from r2ec_trl.items.encoding import make_encoder, share_encoding
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import Rollout
+from r2ec_trl.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -31,10 +32,11 @@ class GreedyEvaluation(_Base):
 
     prompts: Prompts
     table: ItemTable
+    telemetry: Telemetry
     reasoning = "full"
 
     @contextmanager
-    def _frozen_policy(self) -> Iterator[Any]:
+    def frozen_policy(self) -> Iterator[Any]:
         """The policy for generation and scoring: unwrapped, whole (ZeRO-3), without gradient or checkpointing."""
         with (
             torch.no_grad(),
@@ -62,9 +64,9 @@ class GreedyEvaluation(_Base):
         was_training = self.model.training
         self.model.eval()
         reasoning = reasoning or self.reasoning
-        mine, rollouts = self._own_users(dataset, reasoning)
-        with self._frozen_policy() as model:
-            self._refresh_whole_table(model)
+        mine, rollouts = self.own_users(dataset, reasoning)
+        with self.frozen_policy() as model:
+            self.refresh_whole_table(model)
             frame = evaluate_users(
                 model,
                 self.prompts,
@@ -79,14 +81,15 @@ class GreedyEvaluation(_Base):
         self.model.train(was_training)
         return gather_rows(frame, len(dataset))
 
-    def _own_users(self, dataset: Dataset, reasoning: str) -> tuple[Dataset, list[Rollout] | None]:
+    def own_users(self, dataset: Dataset, reasoning: str) -> tuple[Dataset, list[Rollout] | None]:
         """This process's share of the users, never empty, and their rollouts where vLLM makes them."""
         users = own_rows(dataset, self.accelerator)
         if reasoning == "none":
             return users, None
         return users, self._greedy_rollouts([self.prompts.user_ids(user) for user in users])
 
-    def _refresh_whole_table(self, model: Any) -> None:
+    def refresh_whole_table(self, model: Any) -> None:
+        """Re-encode every row with `model`, the work shared out over the processes."""
         encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
         self.table.refresh(share_encoding(encoder, self.accelerator, self.table))
 
@@ -102,6 +105,7 @@ class GreedyEvaluation(_Base):
         if dataset is None or len(dataset) == 0:
             raise UserError("`evaluate` has no users; give the trainer an `eval_dataset` with at least one.")
         dataset = dataset.select(range(min(len(dataset), self.args.max_eval_users or len(dataset))))
+        self.telemetry.come_to("evaluate")
         figures = summarise_users(self.evaluate_frame(dataset))
         metrics = {f"{metric_key_prefix}_recommendation/{name}": value for name, value in figures.items()}
         was_training = self.model.training
@@ -109,4 +113,5 @@ class GreedyEvaluation(_Base):
         self.log(metrics)
         self.model.train(was_training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.telemetry.come_to("train")
         return metrics

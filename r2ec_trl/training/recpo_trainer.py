@@ -1,7 +1,10 @@
 """RecPO: GRPO with the recommendation as one more action (paper §3), as a thin subclass of TRL's trainer."""
 
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,45 +15,55 @@ from trl import GRPOTrainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
-from r2ec_trl.items.scoring import CatalogueScores, exclusion_matrix
+from r2ec_trl.items.scoring import exclusion_matrix
 from r2ec_trl.policy.answer_state import add_answer_state
 from r2ec_trl.policy.generation import stop_generate_at_marker
 from r2ec_trl.policy.prompts import Prompts
-from r2ec_trl.policy.rollouts import MarkerReader
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.rewards import checked_reward, load_reward
-from r2ec_trl.training.checkpoints import WholeCheckpoints
-from r2ec_trl.training.faults import FaultStops
+from r2ec_trl.training.generation_batch import GenerationBatch
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
+from r2ec_trl.training.guarded import GuardedTraining
+from r2ec_trl.training.item_term import ItemTerm
 from r2ec_trl.training.launch import check_sharding
-from r2ec_trl.training.objective import candidate_logprobs, clipped_objective, item_credit_weights, rloo_factor
+from r2ec_trl.training.objective import rloo_factor
 from r2ec_trl.training.recpo_config import RecPOConfig
-from r2ec_trl.training.telemetry import RecPOMetrics
-from r2ec_trl.vllm.sync import vllm_backend, watch_sampler
+from r2ec_trl.training.telemetry import Telemetry
+from r2ec_trl.vllm.sync import vllm_backend
 
 logger = logging.getLogger(__name__)
 
 NUM_TOP_ITEMS = 10  # items a reward sees in `top_item_ids`
+NUM_WATCHED_PROMPTS = 2  # a process, whose log-probs vLLM is compared on
 
 
-class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics, GRPOTrainer):
+@contextmanager
+def _stable_rollout_func() -> Iterator[None]:
+    """TRL calls `rollout_func` experimental at each start; setup.cfg admits one minor release, whose tests pin it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+        yield
+
+
+class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
     """
     Trains a policy to reason, then recommend (paper §3, M1–M7).
 
     Everything of [`~trl.GRPOTrainer`] stays, its losses, rewards and flags included. What is overridden, and why:
 
-    - `_generate_single_turn`: a rollout ends at the marker, for every backend, before TRL counts and decodes it.
-    - `_generate`: a missing marker is appended and masked out of the loss; TRL's truncation figures are set right.
     - `_calculate_rewards`: the table is refreshed, the batch's targets first; each row then carries `target_rank`,
       `target_prob`, `target_score`, `top_item_ids` and `num_items` for the reward functions.
     - `_generate_and_score_completions`: adds what the item term needs, and RLOO's factor n/(n-1).
-    - `_get_per_token_logps_and_entropies`: keeps the answer states of the loss's own forward.
-    - `_compute_loss`: adds the item term (M6, M7), normalised over the generation batch like one more token.
-    - `train`, `training_step`, `_prepare_inputs` and `_get_grad_norm` (from [`FaultStops`]): out-of-memory, NaN and
-      hung processes stop the run with one sentence on every rank.
-    - `train`, `_save_checkpoint` and `_get_train_sampler` (from [`WholeCheckpoints`]): checkpoints are whole or not
-      there, hold the table, and a resumed run sees the users that it would have seen.
-    - `evaluate` (from [`GreedyEvaluation`]): TRL's samples G rollouts and averages batches; ours ranks greedily.
-    - `log`: adds the time of the training part and averages of our own figures.
+    - `_compute_loss`: adds the item term (M6, M7), which weighs an item like one more token; it reads the answer
+      states of TRL's own forward.
+    - `_prepare_inputs`: what a micro-batch held is kept as evidence of a loss or gradient that is no number.
+    - `_get_grad_norm`: a gradient that is no number stops the run before it reaches the weights.
+    - `train`: out of memory and hung or lost processes stop the run with one sentence on every process; a resumed run
+      sees the users that it would have seen.
+    - `_save_checkpoint`: checkpoints are whole or not there, and hold the item table.
+    - `evaluate`: TRL's samples G rollouts and averages batches; ours reasons greedily and ranks the whole catalogue.
+
+    Rollouts go through TRL's public `rollout_func` ([`~RecPOTrainer.roll_out`]), figures through callbacks.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -73,6 +86,8 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
     Raises:
         [`UserError`]: for data, settings and rewards that cannot work, in one sentence.
     """
+
+    batch: GenerationBatch  # the newest: the trainer owns one at a time
 
     _tag_names = ["trl", "recpo", "recommendation"]
     _name = "RecPO"
@@ -110,9 +125,9 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
                 f"RecPOTrainer takes no `{clash[0]}`: a rollout is the policy's own words; use GRPOTrainer."
             )
         check_sharding(args, peft_config is not None or hasattr(model, "peft_config"))
-        # TRL tells truncation by a last end-of-sequence id, which no rollout of ours has: taken over in `_generate`
+        # TRL tells truncation by a last end-of-sequence id, which no rollout of ours has: taken over in `roll_out`
         self._mask_truncated, args.mask_truncated_completions = args.mask_truncated_completions, False
-        with vllm_backend(self, args):
+        with vllm_backend(args, self._timed_sync, lambda: self.eos_token_ids), _stable_rollout_func():
             super().__init__(
                 model=model,
                 reward_funcs=self._resolve_rewards(reward_funcs, args),
@@ -122,6 +137,7 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
                 processing_class=processing_class,
                 callbacks=callbacks,
                 peft_config=peft_config,
+                rollout_func=self.roll_out,
                 **kwargs,
             )
         self.chat_template_kwargs = self.prompts.chat.kwargs  # TRL renders the prompts again: under the same clock
@@ -132,10 +148,18 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
             stop_generate_at_marker(base_model, self.reader)
         slices = self.accelerator if args.slice_table else None
         self.table = make_table(self.prompts, item_dataset, args.similarity, self.accelerator.device, slices)
-        self._answer_states = torch.empty(0)  # (rows, d), of the newest forward with gradient
-        self.last_rollout_example: dict[str, Any] = {}
+        self.guard_training(Telemetry(self.accelerator, self.steps_taken, self._metrics["train"], args.watch_steps))
+        self.item_term = ItemTerm(self.table, args, self._encode_with_gradient, self.is_deepspeed_enabled)
+
+    @property
+    def last_rollout_example(self) -> dict[str, Any]:
+        """One rollout of the newest step with its user, rank and top items, for display."""
+        return self.telemetry.last_rollout
 
     # ------------------------------------------------------------------ set-up
+    def _timed_sync(self) -> AbstractContextManager:
+        return self.telemetry.timed("sync") if self.model.training else nullcontext()  # an evaluation's is no step's
+
     @staticmethod
     def _check_data(args: RecPOConfig, train_dataset: Dataset | None) -> None:
         if train_dataset is None or len(train_dataset) == 0:
@@ -165,184 +189,177 @@ class RecPOTrainer(FaultStops, WholeCheckpoints, GreedyEvaluation, RecPOMetrics,
             new_fingerprint=self.prompts.fingerprint(dataset),  # or datasets would hash the whole model
         )
 
-    # ---------------------------------------------------------------- rollouts
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        with self._timed("generate"):
-            completion_ids, logprobs, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        completion_ids = [self.reader.cut(ids) for ids in completion_ids]
-        if logprobs is not None:
-            logprobs = [row[: len(ids)] for row, ids in zip(logprobs, completion_ids, strict=True)]
-        return completion_ids, logprobs, *rest
+    # --------------------------------------------------------- one step: roll out
+    def roll_out(self, prompts: list, trainer: Any = None) -> dict[str, list | None]:
+        """
+        TRL's `rollout_func`: a rollout ends at the marker, for every backend; where it is missing, the marker is
+        appended and masked out of the loss.
 
-    def _generate(self, prompts: list):
-        prompt_ids, sampled, tool_mask, completions, logprobs, *rest = super()._generate(prompts)
+        Args:
+            prompts (`list`):
+                Chat messages, each user's G times in a row.
+            trainer ([`~trl.GRPOTrainer`], *optional*):
+                This one; TRL passes it.
+
+        Returns:
+            `dict`: what TRL trains on, and `rollout` and `prompt_tokens`, which it puts into the rows that the
+            rewards see.
+        """
+        prompt_ids = [self.prompts.ids(messages) for messages in prompts]
+        with self.telemetry.timed("generate"):
+            sampled, logprobs, *_ = self._generate_single_turn(prompt_ids, None, {}, self.num_generations)
         end_ids = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         rollouts = [self.reader.finish(ids, end_ids) for ids in sampled]
-        tool_mask = [rollout.trained for rollout in rollouts]
-        if self._mask_truncated:
-            tool_mask = [[0] * len(r.ids) if r.truncated else r.trained for r in rollouts]
         if logprobs is not None:
             logprobs = [
                 row[: sum(r.trained)] + [0.0] * (len(r.ids) - sum(r.trained))
                 for row, r in zip(logprobs, rollouts, strict=True)
             ]
-        self._rollouts, self._prompt_ids = rollouts, prompt_ids
-        self._log_rollouts(rollouts)
-        return prompt_ids, [r.ids for r in rollouts], tool_mask, completions, logprobs, *rest
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [r.ids for r in rollouts],
+            "logprobs": logprobs,
+            "env_mask": [[0] * len(r.ids) if self._is_masked(r) else r.trained for r in rollouts],
+            "rollout": rollouts,
+            "prompt_tokens": prompt_ids,
+        }
 
-    # ----------------------------------------------------------------- rewards
+    def _is_masked(self, rollout: Rollout) -> bool:
+        return self._mask_truncated and rollout.truncated
+
+    # -------------------------------------------------------- score and reward
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        sequences = [p + c for p, c in zip(self._prompt_ids, completion_ids_list, strict=True)]
-        targets = self.table.row_indices(row["target"] for row in inputs)
-        self._candidates = sorted(set(gather_object(targets)))  # the same on every process
-        if len(self._candidates) < 2 and self.args.item_coef and self.args.item_negatives == "batch":
+        rollouts, prompt_ids = ([row[name] for row in inputs] for name in ("rollout", "prompt_tokens"))
+        sequences = [prompt + rollout.ids for prompt, rollout in zip(prompt_ids, rollouts, strict=True)]
+        targets = torch.tensor(self.table.row_indices(row["target"] for row in inputs), device=self.table.device)
+        candidates = self._distinct_targets(targets)
+        excluded = None
+        if self.args.mask_history:
+            excluded = exclusion_matrix([self.table.row_indices(row["history"]) for row in inputs], self.table.device)
+        score = partial(self.table.rank, targets=targets, temperature=self.args.item_temperature, excluded=excluded)
+        watched, stale, stale_rank = self.telemetry.is_watched_step, None, None
+        self.telemetry.rollouts(rollouts)
+        with self.frozen_policy() as model:
+            encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
+            with self.telemetry.timed("score"):
+                states = self.table.project(encoder(sequences, prompt_lengths=[*map(len, prompt_ids)]))
+                states = states.to(self.table.device)
+            with self.telemetry.timed("items"):
+                encoder = share_encoding(encoder, self.accelerator, self.table)
+                if not self._refresh_table(encoder, candidates, sum(gather_object([sum(map(len, sequences))]))):
+                    stale = self.table.take(candidates)
+                    stale_rank = score(states).rank if watched else None
+                    self.table.refresh(encoder, candidates)
+            if watched:
+                self._watch_sampler(model, prompt_ids)
+        with self.telemetry.timed("score"):
+            scores = score(states)
+            best = self.table.best(states, NUM_TOP_ITEMS, excluded=excluded)[1].tolist()
+        if watched:
+            self.telemetry.table(self.table, candidates, stale, stale_rank, scores.rank)
+        columns = [*map(torch.Tensor.tolist, (scores.rank, scores.logprob.exp(), scores.score)), best]
+        rows = [
+            {
+                **{name: value for name, value in row.items() if name not in ("rollout", "prompt_tokens")},
+                "target_rank": rank,
+                "target_prob": prob,
+                "target_score": value,
+                "top_item_ids": [self.table.item_ids[i] for i in indices if i >= 0],
+                "num_items": len(self.table),
+            }
+            for row, rank, prob, value, indices in zip(inputs, *columns, strict=True)
+        ]
+        completions = [self._as_sampled(each, rollout) for each, rollout in zip(completions, rollouts, strict=True)]
+        texts = [completion[0]["content"] for completion in completions]
+        self.telemetry.recommendations(self.prompts.titles, rows, texts, scores)
+        with self.guard.keeping(lambda: [{**row, "completion": text} for row, text in zip(rows, texts, strict=True)]):
+            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        self.batch = GenerationBatch(
+            prompts=prompt_ids,
+            rollouts=rollouts,
+            targets=targets,
+            candidates=candidates,
+            states=states,
+            target_rows=self.table.take(candidates),
+            # an evaluation gives the table new rows: ratios compare like with like
+            catalogue_rows=self.table.rows if self.args.item_negatives == "catalogue" else None,
+            rewards=rewards,
+        )
+        return rewards
+
+    def _distinct_targets(self, targets: torch.Tensor) -> list[int]:
+        """The distinct targets of all processes, ascending."""
+        candidates = sorted(set(gather_object(targets.tolist())))
+        if len(candidates) < 2 and self.args.item_coef and self.args.item_negatives == "batch":
             raise UserError(
                 "All users of a generation batch share one target, so the item term has nothing to compare it with; "
                 "use more users a batch, `--item_negatives catalogue`, or `--item_coef 0`."
             )
-        self._targets = torch.tensor(targets, device=self.table.device)
-        excluded = None
-        if self.args.mask_history:
-            excluded = exclusion_matrix([self.table.row_indices(row["history"]) for row in inputs], self.table.device)
+        return candidates
 
-        def score(states: torch.Tensor) -> CatalogueScores:
-            tau = self.args.item_temperature
-            return self.table.rank(states, self._targets, temperature=tau, excluded=excluded)
-
-        with self._frozen_policy() as model:
-            encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
-            with self._timed("score"):
-                states = self.table.project(encoder(sequences, prompt_lengths=[*map(len, self._prompt_ids)])).to(
-                    self.table.device
-                )
-            with self._timed("items"):
-                encoder = share_encoding(encoder, self.accelerator, self.table)
-                stale = self._refresh_table(encoder, sum(gather_object([sum(map(len, sequences))])))
-            if self._is_watched_step():
-                watch_sampler(self, model, self._prompt_ids)
-        if self._is_watched_step():
-            self._log_table(stale, score, states)
-        # an evaluation gives the table new rows: ratios compare like with like
-        self._batch_rows = self.table.rows if self.args.item_negatives == "catalogue" else None
-        self._target_rows = self.table.take(self._candidates)
-        with self._timed("score"):
-            scores = score(states)
-            best = self.table.best(states, NUM_TOP_ITEMS, excluded=excluded)[1].tolist()
-        self._states = states
-        extra = [
-            {
-                "target_rank": rank,
-                "target_prob": prob,
-                "target_score": value,
-                "top_item_ids": [self.table.item_ids[i] for i in rows if i >= 0],
-                "num_items": len(self.table),
-            }
-            for rank, prob, value, rows in zip(
-                scores.rank.tolist(), scores.logprob.exp().tolist(), scores.score.tolist(), best, strict=True
-            )
-        ]
-        self._log_recommendations(inputs, completions, scores, extra)
-        rows = [{**row, **more} for row, more in zip(inputs, extra, strict=True)]
-        self._rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        return self._rewards_per_func
-
-    def _refresh_table(self, encoder: Callable, batch_tokens: int) -> torch.Tensor | None:
-        """
-        Re-encode as much as the budget allows, then the batch's targets; returns their rows as they were in between,
-        `None` when every row is fresh.
-        """
+    def _refresh_table(self, encoder: Callable, candidates: list[int], batch_tokens: int) -> bool:
+        """Re-encode as much as the budget allows besides the candidates; says whether that was the whole table."""
         budget = int(self.args.table_refresh_budget * batch_tokens)
         if self.table.is_empty or self.table.num_tokens <= budget:
             self.table.refresh(encoder)
-            return None
-        slice_ = [row for row in self.table.next_slice(budget) if row not in set(self._candidates)]
-        self.table.refresh(encoder, slice_)
-        stale = self.table.take(self._candidates)
-        self.table.refresh(encoder, self._candidates)
-        return stale
+            return True
+        self.table.refresh(encoder, [row for row in self.table.next_slice(budget) if row not in set(candidates)])
+        return False
 
+    def _as_sampled(self, completion: list[dict[str, str]], rollout: Rollout) -> list[dict[str, str]]:
+        """The message without a marker that the policy did not write."""
+        if rollout.has_marker:
+            return completion
+        text = self._tokenizer.decode(rollout.ids[: sum(rollout.trained)], skip_special_tokens=True)
+        return [{**completion[0], "content": text}]
+
+    def _watch_sampler(self, model: Any, prompt_ids: list[list[int]]) -> None:
+        """Log how far vLLM's log-probs are from the policy's, where TRL does not: truncated sampling."""
+        if not self.use_vllm or self.vllm_importance_sampling_correction or self.args.vllm_enable_sleep_mode:
+            return
+        difference = self.vllm_generation.difference(model, prompt_ids[:NUM_WATCHED_PROMPTS])
+        mean = self.accelerator.gather(torch.tensor(difference, device=self.accelerator.device)).mean().item()
+        self.telemetry.add(**{"sampling/sampling_logp_difference/mean": mean})
+
+    # ------------------------------------------------------------------ credit
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        count, rank = len(inputs), self.accelerator.process_index
-        local = slice(rank * count, (rank + 1) * count)
+        own = slice(*(len(inputs) * (self.accelerator.process_index + i) for i in (0, 1)))
         if self.args.advantage == "rloo":
-            scored = (~self._rewards_per_func.isnan().all(dim=1)).view(-1, self.num_generations).sum(dim=1)
+            scored = (~self.batch.rewards.isnan().all(dim=1)).view(-1, self.num_generations).sum(dim=1)
             factor = rloo_factor(scored).repeat_interleave(self.num_generations)
-            output["advantages"] = output["advantages"] * factor[local].to(output["advantages"])
+            output["advantages"] = output["advantages"] * factor[own].to(output["advantages"])
         advantages = self.accelerator.gather(output["advantages"])  # a group can straddle processes
-        eligible = [not (self._mask_truncated and r.truncated) for r in self._rollouts]
-        eligible = self.accelerator.gather(torch.tensor(eligible, device=advantages.device))
-        weights = item_credit_weights(advantages, self.num_generations, self.args.item_credit_count, eligible)
-        output["item_weights"] = weights[local]
-        positions = {row: position for position, row in enumerate(self._candidates)}
-        output["item_positions"] = torch.tensor([positions[row] for row in self._targets.tolist()])
-        output["item_positions"] = output["item_positions"].to(advantages.device)
-        if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0:
-            # an optimizer step lies between rollout and update: keep π_old of the item; elsewhere old = new, exactly
-            output["old_item_logprobs"] = self._item_logprobs(
-                self._states, self._target_rows, output["item_positions"]
-            )
-        return output
+        eligible = torch.tensor([not self._is_masked(r) for r in self.batch.rollouts], device=advantages.device)
+        return output | self.item_term.prepare(self.batch, advantages, self.accelerator.gather(eligible), own)
 
-    # --------------------------------------------------------------- objective
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    # -------------------------------------------------------------------- loss
+    def _compute_loss(self, model, inputs):
         states: list[torch.Tensor] = []
 
         def keep_states(**model_inputs):
             outputs = model(**model_inputs)
-            if torch.is_grad_enabled():
-                states.append(outputs.answer_state)
+            states.append(outputs.answer_state)
             return outputs
 
-        result = super()._get_per_token_logps_and_entropies(keep_states, *args, **kwargs)
-        if states:
-            self._answer_states = torch.cat(states)
-        return result
+        loss = self.args.token_coef * super()._compute_loss(keep_states, inputs)
+        if self.args.item_coef:
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            normalizer = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            item_loss, *figures = self.item_term.loss(torch.cat(states), inputs, self.batch, normalizer)
+            self.telemetry.item(item_loss, *figures)
+            item_loss = self.args.item_coef * item_loss
+            if self.telemetry.is_watched_step and inputs["item_weights"].any() and self._allows_two_backwards:
+                self.telemetry.gradient_norms(self.model.parameters(), token=loss, item=item_loss)
+            loss = loss + item_loss
+        return self.guard.check_loss(loss, inputs)
 
-    def _compute_loss(self, model, inputs):
-        token_loss = self.args.token_coef * super()._compute_loss(model, inputs)
-        if not self.args.item_coef:
-            return token_loss
-        item_loss = self.args.item_coef * self._item_loss(inputs)
-        if self._is_watched_step() and inputs["item_weights"].any():
-            self._log_gradient_norms(token_loss, item_loss)
-        return token_loss + item_loss
+    @property
+    def _allows_two_backwards(self) -> bool:
+        """Whether hooks let each term's gradient be taken apart: not DeepSpeed's, nor reentrant checkpointing's."""
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        return not (self.is_deepspeed_enabled or (self.args.gradient_checkpointing and reentrant))
 
-    def _item_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """-Σ δ ℓ(r_{T+1}, A) of M7 over this micro-batch, over the tokens of the generation batch (as TRL's dapo)."""
-        carried = inputs["item_weights"].nonzero().squeeze(1)
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        normalizer = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        if len(carried) == 0 and not self.is_deepspeed_enabled:
-            return self._answer_states.sum() * 0.0
-        candidates = self._candidate_rows()
-        states = self.table.project(self._answer_states[carried])
-        logprobs = self._item_logprobs(states, candidates, inputs["item_positions"][carried])
-        old = inputs["old_item_logprobs"][carried] if "old_item_logprobs" in inputs else logprobs.detach()
-        terms = clipped_objective(
-            logprobs, old, inputs["advantages"][carried], self.epsilon_low, self.epsilon_high
-        )  # (carried rows,)
-        loss = -terms.sum() / normalizer + candidates.sum() * 0.0
-        self._metrics["train"]["item/loss"].append(loss.item())
-        if len(carried):
-            ratio = (logprobs.detach() - old).exp()
-            clipped = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
-            self._metrics["train"]["item/clip_ratio"].append(clipped.float().mean().item())
-            self._metrics["train"]["item/logprob"].append(logprobs.mean().item())
-        return loss
-
-    def _candidate_rows(self) -> torch.Tensor:
-        """Rows of the generation batch's distinct targets, `(C, d)`, encoded with gradient unless that is off."""
-        if self.args.item_gradient == "none":
-            return self._target_rows
-        encoder = make_encoder(self.model, self.prompts, self.args.forward_token_budget)
+    def _encode_with_gradient(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         with self.accelerator.autocast():
-            states = encoder([self.table.token_ids[row] for row in self._candidates])
-        return self.table.project(states)
-
-    def _item_logprobs(self, states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self._batch_rows is None:
-            return candidate_logprobs(states, candidates, positions, self.args.item_temperature)
-        chosen = torch.tensor(self._candidates, device=candidates.device)
-        rows = self._batch_rows.index_copy(0, chosen, candidates.to(self._batch_rows.dtype))
-        return candidate_logprobs(states, rows, chosen[positions], self.args.item_temperature)
+            return make_encoder(self.model, self.prompts, self.args.forward_token_budget)(sequences)

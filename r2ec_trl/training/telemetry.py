@@ -1,120 +1,177 @@
-"""What RecPO logs beside TRL's figures: rollout ends, table, ranks, gradient norms of both terms, time split."""
+"""What is logged beside TRL's figures: rollout ends, table, ranks, gradient norms of both terms, time split."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from r2ec_trl.items.scoring import CatalogueScores
+from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.rollouts import Rollout
 from r2ec_trl.training.objective import mean_pairwise_cosine
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Base
-else:
-    _Base = object
+from r2ec_trl.training.process_watch import ProcessWatch
 
 NUM_WATCHED_ROWS = 256  # fixed rows whose mean pairwise cosine is logged
+PARTS = ("generate", "sync", "score", "items")  # of a step; the rest of it is "train"
 
 
-class RecPOMetrics(_Base):
+class Telemetry(TrainerCallback):
     """
-    Mixin of [`~r2ec_trl.training.recpo_trainer.RecPOTrainer`] that only looks: it fills `_metrics` and never touches a
-    loss.
+    Looks at a run and changes nothing of it: fills the series that the trainer logs, knows what the run is doing and
+    how long each part of a step takes. [`~r2ec_trl.training.health.HealthCallback`] warns on these figures.
 
-    `log` is overridden to add the time of the training part;
-    [`~r2ec_trl.training.health.HealthCallback`] warns on these
-    figures.
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Gathers figures of all processes.
+        step (`Callable[[], int]`):
+            Gives the number of optimizer steps taken.
+        series (`dict[str, list[float]]`, *optional*):
+            Where figures go until they are logged (TRL's own).
+        watch_steps (`int`, *optional*, defaults to 0):
+            Every so many steps the costly figures are measured; 0 never.
+
+    Attributes:
+        phase (`str`): what the run is doing, a key of [`~r2ec_trl.training.faults.MEMORY_KNOBS`].
+        watch ([`~r2ec_trl.training.process_watch.ProcessWatch`], *optional*): tells the other processes.
+        last_rollout (`dict`): one rollout with its user, rank and top items, for display.
     """
 
-    args: Any
-    prompts: Any
-    table: Any
-    _candidates: list[int]
-    _normed_step: int | None = None
-    last_rollout_example: dict[str, Any]
+    def __init__(
+        self,
+        accelerator: Any,
+        step: Callable[[], int],
+        series: dict[str, list[float]] | None = None,
+        watch_steps: int = 0,
+    ):
+        self.accelerator, self.step, self.watch_steps = accelerator, step, watch_steps
+        self.series: dict[str, list[float]] = defaultdict(list) if series is None else series
+        self.phase = "train"
+        self.watch: ProcessWatch | None = None
+        self.last_rollout: dict[str, Any] = {}
+        self._seconds: dict[str, float] = defaultdict(float)  # of the step's parts so far
+        self._normed_step: int | None = None
+
+    # -------------------------------------------------------------------- time
+    def come_to(self, phase: str) -> None:
+        """The run has come to a phase: an error now belongs to it, and the other processes can see it."""
+        self.phase = phase
+        if self.watch is not None:
+            self.watch.beat(f"'{phase}' of step {self.step()}")
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
+    def timed(self, part: str) -> Iterator[None]:
+        """Around a part of a step: its seconds are logged; an error leaves the phase where it is."""
+        before, start = self.phase, time.perf_counter()
         self.come_to(part)
         yield
-        self.come_to("train")
-        self._metrics["train"][f"time/{part}"].append(time.perf_counter() - start)
+        self.come_to(before)
+        self._seconds[part] += time.perf_counter() - start
 
-    def _log_rollouts(self, rollouts: list[Rollout]) -> None:
-        """Missing markers, overflowing ones, and TRL's truncation figures, which look for an end-of-sequence id."""
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.series.get("step_time"):  # TRL's, of the step that ends
+            parts = {part: self._seconds[part] for part in PARTS}
+            parts["train"] = self.series["step_time"][-1] - sum(parts.values())
+            for part, seconds in parts.items():
+                self.series[f"time/{part}"].append(seconds)
+        self._seconds.clear()
+
+    # ----------------------------------------------------------------- figures
+    @property
+    def is_watched_step(self) -> bool:
+        """Whether the costly figures are due."""
+        return self.watch_steps > 0 and self.step() % self.watch_steps == 0
+
+    def add(self, **figures: float) -> None:
+        """Append each figure to its series."""
+        for name, value in figures.items():
+            self.series[name].append(value)
+
+    def rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        """Missing markers, overflowing ones, and TRL's lengths, which look for an end-of-sequence id, set right."""
         rows = [[not r.has_marker, r.overflows, r.truncated, sum(r.trained)] for r in rollouts]
         flags = self.accelerator.gather(torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device))
-        ended = flags[flags[:, 2] == 0, 3]
+        lengths = flags[:, 3]
+        ended = lengths[flags[:, 2] == 0]
         ended = ended if len(ended) else torch.zeros(1, device=flags.device)
-        metrics = self._metrics["train"]
-        metrics["rollout/missing_marker"].append(flags[:, 0].mean().item())
-        metrics["rollout/marker_overflow"].append(flags[:, 1].mean().item())
-        metrics["completions/clipped_ratio"][-1] = flags[:, 2].mean().item()
-        metrics["completions/mean_terminated_length"][-1] = ended.mean().item()
-        metrics["completions/min_terminated_length"][-1] = ended.min().item()
-        metrics["completions/max_terminated_length"][-1] = ended.max().item()
+        for column, name in enumerate(("missing_marker", "marker_overflow")):
+            self.series[f"rollout/{name}"].append(flags[:, column].mean().item())
+        self.series["completions/clipped_ratio"][-1] = flags[:, 2].mean().item()
+        for name, values in (("length", lengths), ("terminated_length", ended)):
+            self.series[f"completions/mean_{name}"][-1] = values.mean().item()
+            self.series[f"completions/min_{name}"][-1] = values.min().item()
+            self.series[f"completions/max_{name}"][-1] = values.max().item()
 
-    def _log_table(self, stale: torch.Tensor | None, score: Callable, states: torch.Tensor) -> None:
-        """How far the targets' rows had drifted, and how much their ranks gain from being fresh among stale ones."""
-        watched = range(0, len(self.table), max(1, len(self.table) // NUM_WATCHED_ROWS))[:NUM_WATCHED_ROWS]
-        figures = {"item/mean_pairwise_cosine": mean_pairwise_cosine(self.table.take(watched)).item()}
+    def table(
+        self,
+        table: ItemTable,
+        candidates: Sequence[int],
+        stale: torch.Tensor | None,
+        stale_rank: torch.Tensor | None,
+        rank: torch.Tensor,
+    ) -> None:
+        """
+        How alike the rows are, how far the targets' rows had drifted, and how much their ranks gain from being fresh
+        among stale ones.
+
+        Args:
+            table ([`~r2ec_trl.items.table.ItemTable`]), candidates:
+                The table with the targets' rows fresh, and which rows these are.
+            stale, stale_rank (`torch.Tensor`, *optional*):
+                The targets' rows before, `(C, d)`, and the ranks they gave, `(B*G,)`; `None` where every row is fresh.
+            rank (`torch.Tensor` of shape `(B*G,)`):
+                The ranks now.
+        """
+        watched = range(0, len(table), max(1, len(table) // NUM_WATCHED_ROWS))[:NUM_WATCHED_ROWS]
         drift, gain = 0.0, 0.0
-        if stale is not None:
-            fresh = self.table.take(self._candidates)
-            drift = 1 - torch.nn.functional.cosine_similarity(stale, fresh, dim=1).mean().item()
-            after = score(states).rank
-            self.table.put(self._candidates, stale)
-            gain = (score(states).rank.log() - after.log()).mean().item()
-            self.table.put(self._candidates, fresh)
-        figures.update({"table/target_drift": drift, "table/fresh_rank_gain": gain})
-        for name, value in figures.items():
-            self._metrics["train"][name].append(value)
+        if stale is not None and stale_rank is not None:
+            drift = 1 - torch.nn.functional.cosine_similarity(stale, table.take(candidates), dim=1).mean().item()
+            gain = (stale_rank.log() - rank.log()).mean().item()
+        cosine = mean_pairwise_cosine(table.take(watched)).item()
+        self.add(**{"item/mean_pairwise_cosine": cosine, "table/target_drift": drift, "table/fresh_rank_gain": gain})
 
-    def _log_recommendations(self, inputs, completions, scores: CatalogueScores, extra: list[dict]) -> None:
+    def recommendations(
+        self, titles: dict[str, str], rows: Sequence[dict[str, Any]], texts: Sequence[str], scores: CatalogueScores
+    ) -> None:
+        """
+        Ranks of all processes' targets, and one rollout to show.
+
+        Args:
+            titles (`dict[str, str]`):
+                Title of each item id.
+            rows, texts:
+                Users with what their rewards see, and their reasonings.
+            scores ([`~r2ec_trl.items.scoring.CatalogueScores`]):
+                Ranks of the targets.
+        """
         ranks = self.accelerator.gather(scores.rank.float())
-        self._metrics["train"]["recommendation/hit@10"].append((ranks <= 10).float().mean().item())
-        self._metrics["train"]["recommendation/mean_log_rank"].append(ranks.log().mean().item())
-        titles = self.prompts.titles
-        text = completions[0] if isinstance(completions[0], str) else completions[0][0]["content"]
-        self.last_rollout_example = {
-            "user_id": inputs[0]["user_id"],
-            "history_titles": [titles[item_id] for item_id in inputs[0]["history"]],
-            "reasoning": text,
-            "target_title": titles[inputs[0]["target"]],
-            "rank": extra[0]["target_rank"],
-            "top_titles": [titles[item_id] for item_id in extra[0]["top_item_ids"]],
+        hits = (ranks <= 10).float().mean().item()
+        self.add(**{"recommendation/hit@10": hits, "recommendation/mean_log_rank": ranks.log().mean().item()})
+        self.last_rollout = {
+            "user_id": rows[0]["user_id"],
+            "history_titles": [titles[item_id] for item_id in rows[0]["history"]],
+            "reasoning": texts[0],
+            "target_title": titles[rows[0]["target"]],
+            "rank": rows[0]["target_rank"],
+            "top_titles": [titles[item_id] for item_id in rows[0]["top_item_ids"]],
         }
 
-    def _is_watched_step(self) -> bool:
-        return self.args.watch_steps > 0 and self.state.global_step % self.args.watch_steps == 0
+    def item(self, loss: torch.Tensor, logprob: torch.Tensor | None, clip_ratio: torch.Tensor | None) -> None:
+        """The item term of a micro-batch."""
+        if logprob is not None and clip_ratio is not None:
+            for name, value in (("loss", loss), ("clip_ratio", clip_ratio), ("logprob", logprob)):
+                self.series[f"item/{name}"].append(value.item())
 
-    def _log_gradient_norms(self, token_loss: torch.Tensor, item_loss: torch.Tensor) -> None:
-        """
-        Gradient norms of both terms apart, once a watched step, of its first micro-batch with an item term (not under
-        DeepSpeed or reentrant checkpointing, whose hooks forbid a second backward).
-        """
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-        done = self._normed_step == self.state.global_step
-        if done or self.is_deepspeed_enabled or (self.args.gradient_checkpointing and reentrant):
+    def gradient_norms(self, parameters: Iterator[torch.nn.Parameter], **losses: torch.Tensor) -> None:
+        """Gradient norm of each loss alone, once a watched step; the backward of their sum comes later."""
+        if self._normed_step == self.step():
             return
-        self._normed_step = self.state.global_step
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for name, loss in (("token", token_loss), ("item", item_loss)):
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        self._normed_step = self.step()
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for name, loss in losses.items():
+            gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
             squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
-            self._metrics["train"][f"grad_norm/{name}"].append(torch.stack(squares).sum().sqrt().item())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with seconds an optimizer step: `time/train` is what generation, scoring and items leave of it."""
-        series = self._metrics["train"]
-        if self.model.training and series.get("step_time"):
-            steps = len(series["step_time"])
-            parts = {part: sum(series[f"time/{part}"]) / steps for part in ("generate", "sync", "score", "items")}
-            parts["generate"] -= parts["sync"]  # TRL gives vLLM the weights inside
-            parts["train"] = sum(series["step_time"]) / steps - sum(parts.values())
-            series.update({f"time/{part}": [seconds] for part, seconds in parts.items()})
-        super().log(logs, start_time)
+            self.series[f"grad_norm/{name}"].append(torch.stack(squares).sum().sqrt().item())

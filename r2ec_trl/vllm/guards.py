@@ -9,7 +9,7 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -17,9 +17,6 @@ from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 
 from r2ec_trl.errors import UserError
-
-if TYPE_CHECKING:
-    from r2ec_trl.training.recpo_config import RecPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +55,12 @@ def _release() -> Version:
     return Version(Version(_installed_version()).base_version)
 
 
-def check_settings(args: RecPOConfig, context_length: int | None = None) -> None:
+def check_settings(args: Any, context_length: int | None = None) -> None:
     """
     Raise [`UserError`] for settings that no engine or server could meet.
 
     Args:
-        args ([`RecPOConfig`]):
+        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
             The run's settings, with `use_vllm`.
         context_length (`int`, *optional*):
             Longest sequence of the model itself, where it is known.
@@ -94,7 +91,7 @@ def check_settings(args: RecPOConfig, context_length: int | None = None) -> None
         )
 
 
-def check_model(model: Any, args: RecPOConfig) -> None:
+def check_model(model: Any, args: Any) -> None:
     """Raise [`UserError`] where the sampler could not become exactly this policy."""
     if args.vllm_lora_sync and not is_peft_model(model):
         raise UserError("`vllm_lora_sync` sends a LoRA adapter, and this run trains all weights; leave it out.")
@@ -129,7 +126,7 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def _check_quantized(quantizer: Any, args: RecPOConfig) -> None:
+def _check_quantized(quantizer: Any, args: Any) -> None:
     config = quantizer.quantization_config
     if not getattr(config, "load_in_4bit", False):
         raise UserError(
@@ -199,7 +196,7 @@ def kernel_rank(rank: int) -> int:
     return next(size for size in LORA_RANKS if size >= rank)
 
 
-def _pushes_weights(quantizer: Any, args: RecPOConfig) -> bool:
+def _pushes_weights(quantizer: Any, args: Any) -> bool:
     return not args.vllm_lora_sync or quantizer is not None
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -24,17 +24,24 @@ from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.vllm.engine import adapter_folder, base_revision, marker_stop, use_adapter
 from r2ec_trl.vllm.guards import check_installed, check_model, check_server, check_settings, kernel_rank
 
-if TYPE_CHECKING:
-    from r2ec_trl.training.recpo_config import RecPOConfig
-    from r2ec_trl.training.recpo_trainer import RecPOTrainer
-
-WATCHED_PROMPTS = 2  # a process
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 1800.0  # seconds; a request to a server may hold a whole generation batch
 
 
 @contextmanager
-def vllm_backend(trainer: RecPOTrainer, args: RecPOConfig) -> Iterator[None]:
-    """Around TRL's `__init__`: lets it build our generation class once the early checks have passed."""
+def vllm_backend(
+    args: Any, timed: Callable[[], AbstractContextManager], end_ids: Callable[[], list[int]]
+) -> Iterator[None]:
+    """
+    Around the `__init__` of TRL's trainer: lets it build our generation class once the early checks have passed.
+
+    Args:
+        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
+            The run's settings.
+        timed (`Callable`):
+            Gives the context manager that each sync runs in.
+        end_ids (`Callable`):
+            Gives the ids that end a generation, once TRL knows them.
+    """
     if not args.use_vllm:
         if args.vllm_lora_sync:
             raise UserError("`vllm_lora_sync` says how vLLM gets the adapter; add `--use_vllm`, or leave it out.")
@@ -45,11 +52,8 @@ def vllm_backend(trainer: RecPOTrainer, args: RecPOConfig) -> Iterator[None]:
     args.generation_kwargs = {**(args.generation_kwargs or {}), **marker_stop(args.marker)}
     kind = AdapterSync if args.vllm_lora_sync else MergedSync
 
-    def timed() -> AbstractContextManager:  # a sync before an evaluation is not the step's
-        return trainer._timed("sync") if trainer.model.training else nullcontext()
-
     def build(**kwargs: Any) -> VLLMGeneration:
-        kwargs["generation_kwargs"] = {**args.generation_kwargs, "stop_token_ids": trainer.eos_token_ids}
+        kwargs["generation_kwargs"] = {**args.generation_kwargs, "stop_token_ids": end_ids()}
         return kind(settings=args, timed=timed, **kwargs)
 
     try:
@@ -59,15 +63,6 @@ def vllm_backend(trainer: RecPOTrainer, args: RecPOConfig) -> Iterator[None]:
         if "The vLLM server" not in str(error):
             raise
         raise UserError(" ".join(str(error).split())) from error
-
-
-def watch_sampler(trainer: RecPOTrainer, model: Any, prompt_ids: Sequence[Sequence[int]]) -> None:
-    """Log how far vLLM's log-probs are from the policy's, where TRL does not: truncated sampling has no correction."""
-    if not trainer.use_vllm or trainer.vllm_importance_sampling_correction or trainer.args.vllm_enable_sleep_mode:
-        return
-    difference = trainer.vllm_generation.difference(model, prompt_ids[:WATCHED_PROMPTS])
-    mean = trainer.accelerator.gather(torch.tensor(difference, device=trainer.accelerator.device)).mean().item()
-    trainer._metrics["train"]["sampling/sampling_logp_difference/mean"].append(mean)
 
 
 @contextmanager
@@ -90,7 +85,7 @@ class MergedSync(VLLMGeneration):
     - `sync_weights`: timed, and a server that died is said in one sentence, as in `generate`.
 
     Args:
-        settings ([`RecPOConfig`]):
+        settings ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
             The run's settings.
         timed (`Callable`):
             Context manager around each sync.
@@ -100,7 +95,7 @@ class MergedSync(VLLMGeneration):
 
     llm: Any
 
-    def __init__(self, settings: RecPOConfig, timed: Callable[[], AbstractContextManager], **kwargs: Any):
+    def __init__(self, settings: Any, timed: Callable[[], AbstractContextManager], **kwargs: Any):
         self.settings = settings
         self.timed = timed
         self.sync_bytes = 0  # moved by the newest sync

@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ class MeasuredTrainer(RecPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.peaks: dict[str, list[float]] = defaultdict(list)
+        self.telemetry.timed = partial(self._measured, self.telemetry.timed)
 
     def note_peak(self, phase: str) -> None:
         """The peak since the last note belongs to `phase`."""
@@ -186,9 +188,9 @@ class MeasuredTrainer(RecPOTrainer):
             torch.cuda.synchronize()
 
     @contextmanager
-    def _timed(self, part):
+    def _measured(self, timed, part):
         self.note_peak("train")
-        with super()._timed(part):
+        with timed(part):
             yield
             self.wait()
         self.note_peak(part)

@@ -104,9 +104,8 @@ def test_greedy_reasoning_ends_where_sampling_does(
     messages = [[{"role": "user", "content": "drum"}]] * 4
     force(monkeypatch, trainer.model, scripts)
     trainer.model.train()
-    _, ids, *_ = trainer._generate(messages)
-    sampled = trainer._rollouts
-    prompt_ids = trainer._prompt_ids
+    rolled = trainer.roll_out(messages)
+    ids, sampled, prompt_ids = rolled["completion_ids"], rolled["rollout"], rolled["prompt_ids"]
     greedy = generate_reasoning(trainer.model, reader, prompt_ids, max_new_tokens=12)
     assert [rollout.ids for rollout in greedy] == ids == [rollout.ids for rollout in sampled]
     assert greedy == sampled

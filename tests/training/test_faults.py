@@ -11,10 +11,11 @@ import pytest
 import torch
 from test_distributed import ROOT, SETTINGS, launch_words
 from transformers import Trainer
+from trl import GRPOTrainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.training.checkpoints import checkpoints, is_whole
-from r2ec_trl.training.faults import MEMORY_KNOBS, ProcessWatch
+from r2ec_trl.training.faults import MEMORY_KNOBS
 
 WORKER = Path(__file__).parents[1] / "fault_worker.py"
 STARTUP = 600.0  # seconds from the launch to the fault: imports, on a busy machine
@@ -87,7 +88,7 @@ def end_after_fault(process, log):
 def test_out_of_memory_on_one_rank_stops_all_and_names_the_knob(start, tmp_path):
     status, output = end_after_fault(*start("memory", 2))
     assert status != 0
-    assert "Out of memory in 'train' (rank 1, step 2); lower `--per_device_train_batch_size`" in output
+    assert "Out of memory in 'train' (process 1, step 2); lower `--per_device_train_batch_size`" in output
     assert "finished" not in output
     assert is_whole(tmp_path / "run" / "checkpoint-2")
 
@@ -96,7 +97,7 @@ def test_out_of_memory_on_one_rank_stops_all_and_names_the_knob(start, tmp_path)
 def test_a_hanging_rank_is_named_when_the_time_is_up(start):
     status, output = end_after_fault(*start("hang", 2, ddp_timeout=20))
     assert status != 0
-    assert "rank 1 is still at 'train' of step 2" in output
+    assert "process 1 is still at 'train' of step 2" in output
 
 
 @pytest.mark.distributed
@@ -104,7 +105,7 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(start, tmp_path):
     status, output = end_after_fault(*start("loss", 2))
     assert status != 0
     assert "The loss is nan at step 2; its rows are in" in output
-    rows = json.loads((tmp_path / "run" / "faults" / "step2-rank1.json").read_text())
+    rows = json.loads((tmp_path / "run" / "faults" / "step2-process1.json").read_text())
     assert len(rows) == 4 and all("Bought" in row["prompt_ids"] for row in rows)
 
 
@@ -151,18 +152,18 @@ def test_a_reward_that_is_no_number_stops_the_run_and_saves_the_rollouts(make_tr
 
     with pytest.raises(UserError, match=r"'broken_reward' returned nan for rollout 1.*The rollouts are in"):
         make_trainer(reward=broken_reward).train()
-    rows = json.loads((tmp_path / "run" / "faults" / "step0-rank0.json").read_text())
+    rows = json.loads((tmp_path / "run" / "faults" / "step0-process0.json").read_text())
     assert len(rows) == 8
     assert {"user_id", "prompt", "completion", "target", "target_rank"} <= set(rows[1])
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_the_rows(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer()
-    loss = type(trainer)._compute_loss
-    monkeypatch.setattr(type(trainer), "_compute_loss", lambda *args: loss(*args) * torch.nan)
+    loss = GRPOTrainer._compute_loss
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda *args: loss(*args) * torch.nan)
     with pytest.raises(UserError, match=r"The loss is nan at step 0; its rows are in"):
         trainer.train()
-    rows = json.loads((tmp_path / "run" / "faults" / "step0-rank0.json").read_text())
+    rows = json.loads((tmp_path / "run" / "faults" / "step0-process0.json").read_text())
     assert len(rows) == 8
     assert "Bought" in rows[0]["prompt_ids"] and "advantages" in rows[0]
 
@@ -192,26 +193,20 @@ def test_out_of_memory_names_the_knob_of_its_phase(make_trainer, monkeypatch, ph
         "generate": "trl.GRPOTrainer._generate_single_turn",
         "score": "r2ec_trl.items.table.ItemTable.rank",
         "items": "r2ec_trl.training.recpo_trainer.RecPOTrainer._refresh_table",
-        "train": "r2ec_trl.training.recpo_trainer.RecPOTrainer._item_loss",
+        "train": "r2ec_trl.training.item_term.ItemTerm.loss",
         "evaluate": "r2ec_trl.training.greedy_evaluation.evaluate_users",
     }[phase]
     monkeypatch.setattr(place, fail)
     step = 1 if phase == "evaluate" else 0
     with pytest.raises(UserError) as caught:
         make_trainer(watch_steps=0, eval_strategy="steps", eval_steps=1).train()
-    assert str(caught.value) == f"Out of memory in '{phase}' (rank 0, step {step}); {MEMORY_KNOBS[phase]}."
+    assert str(caught.value) == f"Out of memory in '{phase}' (process 0, step {step}); {MEMORY_KNOBS[phase]}."
 
 
 def test_other_errors_keep_their_kind(make_trainer, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("r2ec_trl.training.recpo_trainer.RecPOTrainer._item_loss", fail)
+    monkeypatch.setattr("r2ec_trl.training.item_term.ItemTerm.loss", fail)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         make_trainer(watch_steps=0).train()
-
-
-def test_one_process_is_not_watched():
-    with ProcessWatch(0, 1, timeout=1.0) as watch:
-        watch.beat("somewhere")
-        assert watch.missing() == ""

@@ -97,7 +97,7 @@ def test_buffered_batches_are_handed_out_again_unchanged(make_trainer, replay, s
 
 
 def test_first_iteration_has_ratio_one_and_the_second_does_not(make_trainer, replay, sample, monkeypatch):
-    import r2ec_trl.training.recpo_trainer as module
+    import r2ec_trl.training.item_term as module
 
     ratios, inner = [], module.clipped_objective
 
@@ -141,15 +141,15 @@ def test_reward_pass_and_loss_see_the_same_answer_state(make_trainer, replay, sa
     replay(sample)
     trainer = make_trainer(family=model_family, max_steps=1, reward=odd_reward, item_credit="all")
     caught = []
-    inner = trainer._item_loss
+    inner = trainer.item_term.loss
 
-    def noting(inputs):
-        caught.append((inputs, trainer._answer_states.detach()))
-        return inner(inputs)
+    def noting(states, inputs, *rest):
+        caught.append((inputs, states.detach()))
+        return inner(states, inputs, *rest)
 
-    trainer._item_loss = noting
+    trainer.item_term.loss = noting
     trainer._generate_and_score_completions, generate = (
-        lambda inputs: {**generate(inputs), "reward_states": trainer._states},
+        lambda inputs: {**generate(inputs), "reward_states": trainer.batch.states},
         trainer._generate_and_score_completions,
     )
     trainer.train()

@@ -5,6 +5,7 @@ RecPOTrainer, mend the override that the message names, then move the version ra
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 import torch
@@ -17,46 +18,63 @@ from r2ec_trl.policy.answer_state import AnswerStateOutput, add_answer_state
 from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
 OVERRIDDEN = {
-    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
-    "_generate": ["prompts"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_generate_and_score_completions": ["inputs"],
     "_compute_loss": ["model", "inputs"],
-    "log": ["logs", "start_time"],
+    "_prepare_inputs": ["generation_batch"],
+    "_get_grad_norm": ["model", "grad_norm"],
+    "_save_checkpoint": ["model", "trial"],
+    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+}
+CALLED = {  # private methods that are called, not overridden
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+    "_get_output_dir": ["trial"],
 }
 
 
-@pytest.mark.parametrize("name", OVERRIDDEN)
-def test_overridden_methods_have_the_parameters_we_pass_on(name):
+@pytest.mark.parametrize("name", [*OVERRIDDEN, *CALLED])
+def test_methods_have_the_parameters_we_pass_on(name):
     theirs = [p for p in inspect.signature(getattr(GRPOTrainer, name)).parameters if p != "self"]
-    assert theirs == OVERRIDDEN[name], f"TRL changed GRPOTrainer.{name}: {theirs}; RecPOTrainer overrides it."
+    assert theirs == {**OVERRIDDEN, **CALLED}[name], f"TRL changed GRPOTrainer.{name}: {theirs}; RecPOTrainer uses it."
 
 
-def test_log_prob_method_takes_the_model_first_and_calls_it_by_keyword():
-    names = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-    assert names[:5] == [
-        "self",
-        "model",
-        "input_ids",
-        "attention_mask",
-        "logits_to_keep",
-    ], "RecPOTrainer hands a closure in the model's place to keep the answer states."
+def test_the_loss_calls_the_model_once_and_by_keyword():
+    """RecPOTrainer._compute_loss hands a closure in the model's place to keep the answer states of that forward."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert source.count("self._get_per_token_logps_and_entropies(") == 1
+    assert len(re.findall(r"\bmodel\b(?=[,)(])", source)) == 2, "TRL's loss uses `model` elsewhere too."
     source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
     assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
 
 
-def test_every_override_is_in_the_docstring():
-    """The class says each method that it, or its mixin, takes over from TRL."""
+def test_rollout_func_is_given_prompts_and_its_fields_reach_the_rewards():
+    """RecPOTrainer.roll_out returns `env_mask`, and `rollout` and `prompt_tokens` for its `_calculate_rewards`."""
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "output = self.rollout_func(prompts, self)" in source
+    assert 'required_keys = {"prompt_ids", "completion_ids", "logprobs"}' in source
+    assert 'tool_mask = extra_fields.pop("env_mask", None)' in source
+    assert source.index("self.vllm_generation.sync_weights()") < source.index("self.rollout_func(prompts, self)")
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    fields = source.index("inp[key] = values[i]")
+    assert fields < source.index("self._calculate_rewards(inputs, prompts, completions, completion_ids_list)")
+
+
+def test_the_warning_that_rollout_func_is_experimental_is_silenced(make_trainer, recwarn):
+    assert "You are using 'rollout_func'" in inspect.getsource(GRPOTrainer.__init__)
+    make_trainer()
+    assert not [warning for warning in recwarn if "rollout_func" in str(warning.message)]
+
+
+def test_at_most_eight_overrides_each_with_its_reason_in_the_docstring():
+    """Every name that the class, or a mixin of it, takes over from TRL or transformers."""
     ours = {
         name
         for base in RecPOTrainer.__mro__[: RecPOTrainer.__mro__.index(GRPOTrainer)]
         for name in vars(base)
         if hasattr(GRPOTrainer, name) and not name.startswith("__")
     } - {"_tag_names", "_name", "_paper"}
-    passed_through = {"train", "training_step", "_prepare_inputs", "_get_grad_norm"}
-    passed_through |= {"_save_checkpoint", "_get_train_sampler", "_get_per_token_logps_and_entropies"}
-    assert ours == {*OVERRIDDEN, *passed_through}
+    assert ours == set(OVERRIDDEN) and len(ours) <= 8
     missing = [name for name in ours if f"`{name}`" not in RecPOTrainer.__doc__]
     assert not missing, f"RecPOTrainer's docstring does not give the reason for {missing}."
 
@@ -110,18 +128,16 @@ def test_what_generate_returns_and_logs(make_trainer, chat_tokenizer, replay):
     trainer = make_trainer()
     trainer.model.train()
     prompts = [[{"role": "user", "content": "guitar"}]] * 4
-    result = GRPOTrainer._generate(trainer, prompts)
-    assert (
-        len(result) == 8
-    ), f"TRL's _generate returns {len(result)} values; RecPOTrainer._generate unpacks the first 5."
-    prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, images, tool_images = result
+    prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, *_ = GRPOTrainer._generate(trainer, prompts)
     assert prompt_ids[0] == chat_tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True)["input_ids"]
-    assert completion_ids == [[50, 60], [50, 61], [50, 62], [50, 63]]
-    assert tool_mask is None and logprobs is None and extra == {} and completions[0][0]["role"] == "assistant"
-    overwritten = ["clipped_ratio", *(f"{which}_terminated_length" for which in ("mean", "min", "max"))]
-    for name in overwritten:
+    marker = trainer.reader.marker_ids
+    assert completion_ids == [[50, 60 + number, *marker] for number in range(4)]
+    assert tool_mask == [[1, 1] + [0] * len(marker)] * 4 and logprobs is None
+    assert set(extra) == {"rollout", "prompt_tokens"} and completions[0][0]["role"] == "assistant"
+    lengths = [f"{which}_{what}" for which in ("mean", "min", "max") for what in ("length", "terminated_length")]
+    for name in ["clipped_ratio", *lengths]:
         values = trainer._metrics["train"][f"completions/{name}"]
-        assert len(values) == 1, f"TRL no longer logs completions/{name}, which RecPOTrainer._log_rollouts sets right."
+        assert len(values) == 1, f"TRL no longer logs completions/{name}, which Telemetry.rollouts sets right."
 
 
 def test_keys_of_the_batch(make_trainer, replay):

@@ -91,7 +91,7 @@ def test_the_engine_is_the_policy_after_each_update(build_trainer, way):
         assert min(training) - max(generating) > 0.5 * share
     prompts = [trainer.prompts.user_ids(user) for user in trainer.eval_dataset]
     rollouts = trainer.vllm_generation.greedy(trainer.reader, prompts, 3)
-    with trainer._frozen_policy() as model:
+    with trainer.frozen_policy() as model:
         expected = generate_reasoning(model, trainer.reader, prompts, 3)
     assert sum(a == b for a, b in zip(rollouts, expected, strict=True)) > len(prompts) / 2  # near-ties fall either way
 

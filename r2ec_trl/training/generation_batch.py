@@ -1,0 +1,52 @@
+"""What one generation batch is: rolled out, scored and rewarded together, then trained on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from r2ec_trl.policy.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class GenerationBatch:
+    """
+    One generation batch as this process sees it; B·G are its own rollouts, in the order of generation.
+
+    Args:
+        prompts (`list[list[int]]`):
+            Token ids of the user prompt of each rollout, B·G of them.
+        rollouts (`list[Rollout]`):
+            The reasoning of each, B·G of them.
+        targets (`torch.Tensor` of shape `(B*G,)`):
+            Rows of the targets in the item table.
+        candidates (`list[int]`):
+            The distinct targets of all processes, C of them, ascending: the same on every process.
+        states (`torch.Tensor` of shape `(B*G, d)`):
+            Answer states of the reward pass, projected as the table's rows are.
+        target_rows (`torch.Tensor` of shape `(C, d)`):
+            Rows of the candidates, encoded before the reward pass.
+        catalogue_rows (`torch.Tensor` of shape `(N, d)`, *optional*):
+            The whole table of that moment, where the whole catalogue competes (`item_negatives="catalogue"`).
+        rewards (`torch.Tensor` of shape `(all rollouts, reward functions)`):
+            Rewards of all processes' rollouts, NaN where a function had nothing to say.
+    """
+
+    prompts: list[list[int]]
+    rollouts: list[Rollout]
+    targets: torch.Tensor
+    candidates: list[int]
+    states: torch.Tensor
+    target_rows: torch.Tensor
+    catalogue_rows: torch.Tensor | None
+    rewards: torch.Tensor
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and reasoning of each rollout."""
+        return [prompt + rollout.ids for prompt, rollout in zip(self.prompts, self.rollouts, strict=True)]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Where each rollout's target stands among the candidates, `(B*G,)`."""
+        candidates = torch.tensor(self.candidates, device=self.targets.device)
+        return torch.searchsorted(candidates, self.targets)

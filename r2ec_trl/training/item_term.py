@@ -1,0 +1,115 @@
+"""The item term of the objective (M6, M7): the recommendation as one more action, clipped like a token."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from r2ec_trl.items.table import ItemTable
+from r2ec_trl.training.generation_batch import GenerationBatch
+from r2ec_trl.training.objective import candidate_logprobs, clipped_objective, item_credit_weights
+
+Encode = Callable[[Sequence[Sequence[int]]], torch.Tensor]
+
+
+class ItemTerm:
+    """
+    Credits the item of the best rollouts of each group, and gives the loss of those items.
+
+    Args:
+        table ([`~r2ec_trl.items.table.ItemTable`]):
+            Item prompts and the projection of states.
+        settings ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
+            `item_*`, `epsilon`, `epsilon_high`, `num_generations` and how often batches are reused.
+        encode (`Callable`):
+            Token sequences → states `(n, d)` with the policy as it is now, with gradient.
+        every_process (`bool`, *optional*, defaults to `False`):
+            Encode the candidates even where no row of the micro-batch needs them: DeepSpeed wants the same forwards
+            on every process.
+    """
+
+    def __init__(self, table: ItemTable, settings: Any, encode: Encode, every_process: bool = False):
+        self.table, self.settings, self.encode, self.every_process = table, settings, encode, every_process
+        self.epsilon_low = settings.epsilon
+        self.epsilon_high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+
+    def prepare(
+        self, batch: GenerationBatch, advantages: torch.Tensor, eligible: torch.Tensor, own: slice
+    ) -> dict[str, torch.Tensor]:
+        """
+        What the loss needs of each rollout of this process.
+
+        Args:
+            batch ([`~r2ec_trl.training.generation_batch.GenerationBatch`]):
+                What was rolled out.
+            advantages (`torch.Tensor` of shape `(all rollouts,)`):
+                Advantages of all processes' rollouts: a group can straddle processes.
+            eligible (`torch.Tensor` of shape `(all rollouts,)`):
+                Which of them may carry the term.
+            own (`slice`):
+                This process's among them.
+
+        Returns:
+            `dict` of tensors of shape `(B*G,)`: `item_weights` (δ of M7), `item_positions` (the target among the
+            candidates) and, where an optimizer step lies between rollout and update, `old_item_logprobs`.
+        """
+        settings = self.settings
+        weights = item_credit_weights(advantages, settings.num_generations, settings.item_credit_count, eligible)
+        positions = batch.positions.to(advantages.device)
+        prepared = {"item_weights": weights[own], "item_positions": positions}
+        if settings.gradient_accumulation_steps % (settings.steps_per_generation * settings.num_iterations) != 0:
+            prepared["old_item_logprobs"] = self.logprobs(batch.states, batch.target_rows, positions, batch)
+        return prepared
+
+    def loss(
+        self, states: torch.Tensor, inputs: dict[str, Any], batch: GenerationBatch, normalizer: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        -Σ δ ℓ(r_{T+1}, A) of M7 over a micro-batch.
+
+        Args:
+            states (`torch.Tensor` of shape `(rows, d)`):
+                Answer states of the micro-batch's own forward.
+            inputs (`dict`):
+                The micro-batch: `advantages` and what [`~ItemTerm.prepare`] made.
+            batch ([`~r2ec_trl.training.generation_batch.GenerationBatch`]):
+                The generation batch it is a part of.
+            normalizer (`torch.Tensor`, a scalar):
+                What one token's loss is divided by.
+
+        Returns:
+            The loss (a scalar), and detached means over the credited rows: the item's log-probability and how often
+            the ratio was clipped; `None` both where no row is credited.
+        """
+        carried = inputs["item_weights"].nonzero().squeeze(1)
+        if len(carried) == 0 and not self.every_process:
+            return states.sum() * 0.0, None, None
+        candidates = self.candidate_rows(batch)
+        projected = self.table.project(states[carried])
+        logprobs = self.logprobs(projected, candidates, inputs["item_positions"][carried], batch)
+        old = inputs["old_item_logprobs"][carried] if "old_item_logprobs" in inputs else logprobs.detach()
+        advantages = inputs["advantages"][carried]
+        terms = clipped_objective(logprobs, old, advantages, self.epsilon_low, self.epsilon_high)  # (carried rows,)
+        loss = -terms.sum() / normalizer + candidates.sum() * 0.0
+        if len(carried) == 0:
+            return loss, None, None
+        ratio = (logprobs.detach() - old).exp()
+        clipped = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
+        return loss, logprobs.detach().mean(), clipped.float().mean()
+
+    def candidate_rows(self, batch: GenerationBatch) -> torch.Tensor:
+        """Rows of the candidates, `(C, d)`, encoded with gradient unless that is off."""
+        if self.settings.item_gradient == "none":
+            return batch.target_rows
+        return self.table.project(self.encode([self.table.token_ids[row] for row in batch.candidates]))
+
+    def logprobs(
+        self, states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor, batch: GenerationBatch
+    ) -> torch.Tensor:
+        """log π(v+ | x, o) of M6 for projected states `(n, d)`, among the candidates or the whole catalogue."""
+        item_temperature = self.settings.item_temperature
+        if batch.catalogue_rows is None:
+            return candidate_logprobs(states, candidates, positions, item_temperature)
+        chosen = torch.tensor(batch.candidates, device=candidates.device)
+        rows = batch.catalogue_rows.index_copy(0, chosen, candidates.to(batch.catalogue_rows.dtype))
+        return candidate_logprobs(states, rows, chosen[positions], item_temperature)
