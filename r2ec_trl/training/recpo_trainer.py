@@ -205,7 +205,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             `dict`: what TRL trains on, and `rollout` and `prompt_tokens`, which it puts into the rows that the
             rewards see.
         """
-        prompt_ids = [self.prompts.ids(messages) for messages in prompts]
+        prompt_ids = [self.prompts.chat.ids(messages) for messages in prompts]
         with self.telemetry.timed("generate"):
             sampled, logprobs, *_ = self._generate_single_turn(prompt_ids, None, {}, self.num_generations)
         end_ids = {*self.eos_token_ids, self._tokenizer.pad_token_id}
