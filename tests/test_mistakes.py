@@ -185,36 +185,25 @@ def test_9_the_gradient_does_not_depend_on_the_micro_batch(run):
         check(per_micro_batch)
 
 
-def test_10_scored_tokens_are_the_sampled_ones(run, chat_tokenizer, monkeypatch):
+def test_10_scored_tokens_are_the_sampled_ones(run, sample, chat_tokenizer, monkeypatch):
     """Random ids rarely survive decoding and encoding again."""
 
     def check():
         _, notes = run()
         (generation,) = notes.generations
-        for rollout, mask, ids in zip(
-            generation.rollouts,
-            generation.output["completion_mask"],
-            generation.output["completion_ids"],
-            strict=True,
-        ):
-            assert ids[mask.bool()].tolist() == rollout.ids
-            assert any(kept == rollout.ids[: len(kept)] for kept in sampled)
+        masks, rows = (generation.output[name] for name in ("completion_mask", "completion_ids"))
+        for i, (prompt, rollout) in enumerate(zip(generation.prompts, generation.rollouts, strict=True)):
+            sampled = [token for token in sample(prompt, i % SIZE) if token != chat_tokenizer.eos_token_id]
+            assert rows[i][masks[i].bool()].tolist() == rollout.ids
+            assert rollout.ids == sampled + ([] if rollout.has_marker else chat_tokenizer.encode("<answer>"))
 
-    sampled: list = []
-    inner = MarkerReader.cut
-
-    def note(self, ids):
-        sampled.append(inner(self, [token for token in ids if token != chat_tokenizer.eos_token_id]))
-        return inner(self, ids)
-
-    def as_text(self, ids):
-        note(self, ids)
-        return inner(self, self.tokenizer(self.text(ids), add_special_tokens=False)["input_ids"])
-
-    monkeypatch.setattr(MarkerReader, "cut", note)
     check()
-    sampled.clear()
-    monkeypatch.setattr(MarkerReader, "cut", as_text)
+    inner = MarkerReader.finish
+
+    def as_text(self, ids, end_ids):
+        return inner(self, self.tokenizer(self.text(ids), add_special_tokens=False)["input_ids"], end_ids)
+
+    monkeypatch.setattr(MarkerReader, "finish", as_text)
     with goes_red():
         check()
 
