@@ -130,7 +130,7 @@ def encode_states(
         `torch.Tensor` of shape `(len(sequences), d)`, float32, in the order given.
     """
     device = next(model.parameters()).device
-    patched = next(module for module in model.modules() if hasattr(module, "_shares_prompts"))
+    patched = next(module for module in model.modules() if "_shares_prompts" in vars(module))
     if prompt_lengths is not None and shares_prompts(patched):
         batches = shared_batches(sequences, prompt_lengths, token_budget)
     else:

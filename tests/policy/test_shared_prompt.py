@@ -137,9 +137,12 @@ _llamas = build("llama", True), build("llama", False)
 
 def test_an_adapter_checkpointing_and_frozen_completions():
     """LoRA's own parameters, with layers recomputed in the backward, and rows whose labels are all masked."""
-    results = []
+    results, forwarded = [], []
     for shared_prompt in (True, False):
         model = build("qwen3", shared_prompt)
+        model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
         lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
         torch.manual_seed(2)
         model = get_peft_model(model, lora)
@@ -148,7 +151,13 @@ def test_an_adapter_checkpointing_and_frozen_completions():
         rows = ragged(3)
         rows[1] = (rows[0][0], [])
         results.append(everything(model, rows))
+        with torch.no_grad():
+            results[-1]["encoded"] = encode_states(
+                model, [p + c for p, c in rows], 0, 10_000, [len(p) for p, _ in rows]
+            )
     same(*results)
+    *_, shared, flat_loss, flat = forwarded  # the reward pass packs through the adapter too
+    assert shared < flat == flat_loss
 
 
 def test_no_label_at_all_still_has_a_gradient():
