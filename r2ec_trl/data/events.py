@@ -193,6 +193,8 @@ def time_window(
     `step_months` (the paper's window). Returns the events of the window, before the k-core, and its start.
     """
     ticks = events.ticks_per_second
+    if min_items and step_months < 1:
+        raise UserError(f"--window_step_months {step_months} moves no window: give at least 1.")
     before_end = events.keep(events.time < _epoch(end) * ticks) if end else events
     if not len(before_end):
         raise UserError(f"No interaction is before --window_end {end:%Y-%m-%d}: move it.")
@@ -211,7 +213,7 @@ def _epoch(date: datetime.datetime) -> int:
 
 
 def _months_before(date: datetime.datetime, months: int) -> datetime.datetime:
-    month = date.year * 12 + date.month - 1 - months
+    month = max(date.year * 12 + date.month - 1 - months, 12)  # the year 1 is before all
     return date.replace(year=month // 12, month=month % 12 + 1, day=min(date.day, 28))
 
 

@@ -59,7 +59,7 @@ class SplitRule:
                 "has at least one item."
             )
         if self.name == "time_ratio":
-            if len(self.ratio) != 3 or min(self.ratio) <= 0 or abs(sum(self.ratio) - 1) > 1e-6:
+            if len(self.ratio) != 3 or not (min(self.ratio) > 0 and abs(sum(self.ratio) - 1) <= 1e-6):
                 raise UserError(
                     f"--ratio {' '.join(map(str, self.ratio))} must be three positive shares that sum to 1."
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import re
 from collections.abc import Sequence
 
 import polars as pl
@@ -14,7 +15,10 @@ from r2ec_trl.errors import UserError
 logger = logging.getLogger(__name__)
 
 FUTURE_FIELDS = ("average_rating", "rating_number")
-_TAG = r"(?s)<!--.*?-->|<script\b[^<>]*>.*?</script\s*>|<style\b[^<>]*>.*?</style\s*>|</?[a-zA-Z][^<>]*>"
+_HIDDEN = re.compile(r"<!--|<(script|style)\b[^<>]*>")  # what begins text that no reader of a page sees
+_TAG = r"</?[a-zA-Z][^<>]*>"
+_ESCAPED = r"&(?:(?:amp|#0*38|#[xX]0*26);)+"  # escaped time and again
+_PASSES = 10  # of cleaning: text that still changes is written to stall, not to be read
 _ENTITY = r"&#?[0-9a-zA-Z]+;?"
 _INVISIBLE = r"[\u{00ad}\u{200b}\u{feff}]"
 _BLANK = r"[[\s\p{Cc}]--[ ]]"
@@ -65,17 +69,35 @@ def _collapse(text: pl.Series) -> pl.Series:
 
 
 def _without_markup(text: pl.Series) -> pl.Series:
-    """Tags out and entities resolved until nothing changes, as shops escape twice; only where there is any."""
+    """Tags out and entities resolved until nothing changes, as shops escape twice; in bounded time."""
     places = (text.str.contains(_ENTITY) | text.str.contains("<", literal=True)).arg_true()
-    if not len(places):
-        return text
-    old = text.gather(places)
-    plain = [None if one is None else html.unescape(one) for one in old.str.replace_all(_TAG, " ").to_list()]
-    new = _collapse(pl.Series(text.name, plain, dtype=pl.String))
-    changed = (new != old).arg_true()
-    if not len(changed):
-        return text
-    return text.scatter(places.gather(changed), _without_markup(new.gather(changed)))
+    for _ in range(_PASSES):
+        if not len(places):
+            return text
+        old = text.gather(places)
+        seen = pl.Series(text.name, [_without_hidden(one) for one in old.to_list()], pl.String)
+        plain = seen.str.replace_all(_TAG, " ").str.replace_all(_ESCAPED, "&").to_list()
+        new = _collapse(pl.Series(text.name, [html.unescape(one) for one in plain], pl.String))
+        changed = new != old
+        places, text = places.filter(changed), text.scatter(places, new)
+    return text.scatter(places, _collapse(text.gather(places).str.replace_all("[&<]", " ")))
+
+
+def _without_hidden(text: str) -> str:
+    """Without comments, scripts and styles, in one walk: what does not end is left."""
+    kept, at, endless = [], 0, set()
+    for opening in _HIDDEN.finditer(text):
+        end = "-->" if opening[1] is None else f"</{opening[1]}"
+        if opening.start() < at or end in endless:
+            continue
+        close = text.find(end, opening.end())
+        close = close if end == "-->" or close < 0 else text.find(">", close)
+        if close < 0:
+            endless.add(end)
+            continue
+        kept += [text[at : opening.start()], " "]
+        at = close + (3 if end == "-->" else 1)
+    return "".join([*kept, text[at:]]) if at else text
 
 
 def _as_string(column: pl.Series) -> pl.Series:

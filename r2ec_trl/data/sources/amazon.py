@@ -11,8 +11,16 @@ import polars as pl
 
 from r2ec_trl.data.sources.delimited import column_names, read_table
 from r2ec_trl.data.sources.download import Progress, download
-from r2ec_trl.data.sources.jsonl import ROW, Schema, read_jsonl, reject
-from r2ec_trl.data.sources.source import SPLIT_CODES, Source, check_interactions
+from r2ec_trl.data.sources.jsonl import ROW, Schema, read_jsonl
+from r2ec_trl.data.sources.source import (
+    MISSING,
+    SPLIT_CODES,
+    Kind,
+    Source,
+    check_interactions,
+    check_same_ids,
+    checked_ids,
+)
 from r2ec_trl.errors import UserError
 
 HUB = "McAuley-Lab/Amazon-Reviews-2023"
@@ -80,6 +88,7 @@ def import_amazon(
     interactions = pl.concat(found)
     path = locate(f"raw/meta_categories/meta_{category}.jsonl", where, download_dir, progress)
     items = _read_metadata(path, interactions["item_id"].unique(), skipped, dropped)
+    check_same_ids(interactions, items, f"{category} ({reviews})", path)
     return Source(f"amazon 2023: {category}, {reviews}", interactions, items, 1_000, dropped, FIELDS)
 
 
@@ -145,8 +154,6 @@ def _read_metadata(path: Path, wanted: pl.Series, skipped: Counter[str] | None, 
     """The metadata of the items that occur, block by block: a category's whole metadata may not fit into memory."""
     kept = []
     for frame in _metadata_blocks(path, skipped):
-        bad = pl.col("item_id").is_null() | (pl.col("item_id") == "")
-        frame = reject(frame, bad, "has no parent_asin", path, skipped)
         mine = frame.filter(pl.col("item_id").is_in(wanted.implode()))
         dropped["metadata of an item nobody bought"] += frame.height - mine.height
         kept.append(mine.drop(ROW))
@@ -164,11 +171,16 @@ def _metadata_blocks(path: Path, skipped: Counter[str] | None) -> Iterator[pl.Da
     else:
         frames = read_jsonl(path, _META, skip_bad_rows=skipped is not None, dropped=skipped)
     for frame in frames:
-        frame = frame.rename({"parent_asin": "item_id"})
+        frame = checked_ids(frame, ("parent_asin",), path, skipped).rename({"parent_asin": "item_id"})
         yield frame.with_columns(_null_for_none(name, kind) for name, kind in frame.schema.items())
 
 
 def _null_for_none(name: str, kind: pl.DataType) -> pl.Expr:
     """Copies made through pandas hold the word None where nothing is known."""
     column = pl.col(name)
-    return column if kind != pl.String or name == "item_id" else pl.when(column != "None").then(column).alias(name)
+    return column if kind != pl.String else pl.when(~column.is_in(MISSING)).then(column).alias(name)
+
+
+KIND = Kind(
+    import_amazon, "amazon_category=category input=where reviews download_dir skip_bad_rows", ("amazon_category",)
+)

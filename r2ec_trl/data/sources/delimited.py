@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,26 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r2ec_trl.data.sources.jsonl import BLOCK_BYTES, ROW, UNREADABLE, blocks, listing, read_jsonl
+from r2ec_trl.data.sources.jsonl import BLOCK_BYTES, ROW, UNNAMED, UNREADABLE, blocks, flat_text, listing, read_jsonl
 from r2ec_trl.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _PARQUET_ROWS = 1_000_000
+_QUOTED_ROWS = 50_000
+_LONGEST_FIELD = 1 << 20  # characters of a quoted field: a longer one is a quote that never ends
+# Arrow types that a column of a table may have; decimals and nested types become text.
+_TESTS = "null boolean integer floating string large_string string_view date timestamp"
+_TYPES = tuple(getattr(pa.types, f"is_{name}") for name in _TESTS.split())
+_ONE_VALUE = (
+    "user_id",
+    "item_id",
+    "parent_asin",
+    "title",
+    "rating",
+    "timestamp",
+    "split",
+)  # never lists, never tables
 
 
 @dataclass(frozen=True)
@@ -85,10 +103,10 @@ def column_names(path: str | os.PathLike[str], dialect: Dialect | None = None) -
     """The columns a delimited or parquet file has."""
     if dialect is None and Path(path).name.lower().endswith((".parquet", ".pq")):
         with _open_parquet(path) as file:
-            return list(file.schema_arrow.names)
+            return _unique(file.schema_arrow.names, path)
     dialect = dialect or Dialect(separator="\t" if ".tsv" in Path(path).name.lower() else ",")
     first = next(blocks(path, 1 << 16), (1, b""))[1]
-    return _header(first.split(b"\n", 1)[0], dialect, path)
+    return _header(first.partition(b"\n")[0], dialect, path)
 
 
 def _chosen(
@@ -106,9 +124,13 @@ def _without_absent(
     """JSON lines have no header: a key that the first block never has is a column the file lacks."""
     chosen: dict[str, str] | None = None
     for frame in frames:
+        filled = [name for name in frame.columns if name != ROW and frame[name].null_count() < frame.height]
         if chosen is None:
-            found = [name for name in frame.columns if name != ROW and frame[name].null_count() < frame.height]
-            chosen = _chosen(columns, found, optional, path) if frame.height else dict(columns)
+            chosen = _chosen(columns, filled, optional, path) if frame.height else dict(columns)
+        late = [name for name in filled if name not in chosen.values()]
+        if late:
+            row = frame.filter(pl.col(late[0]).is_not_null())[ROW][0]
+            raise UserError(f"{path}, row {row} is the first to have '{late[0]}': give every row the same keys.")
         yield frame.select(ROW, **{name: pl.col(source) for name, source in chosen.items()})
 
 
@@ -116,7 +138,7 @@ def _open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}).") from error
+        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}): write it again.") from error
 
 
 def _read_parquet(
@@ -125,21 +147,49 @@ def _read_parquet(
     """In batches, by Arrow: polars' own reader ends the program where a file is damaged."""
     row = 1
     with _open_parquet(path) as file:
-        chosen = _chosen(columns, file.schema_arrow.names, optional, path)
+        chosen = _chosen(columns, _unique(file.schema_arrow.names, path), optional, path)
         try:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=list(chosen.values())):
                 batch.validate(full=True)  # text that is not UTF-8 would be undefined behaviour in polars
-                frame = pl.DataFrame({name: _plain(batch.column(at)) for name, at in chosen.items()})
+                frame = pl.DataFrame({name: _plain(batch.column(at), name, at, path) for name, at in chosen.items()})
                 yield frame.select(pl.int_range(row, row + pl.len(), dtype=pl.Int64).alias(ROW), pl.all())
                 row += frame.height
+        except UserError:
+            raise
         except (pa.ArrowException, OSError, ValueError, pl.exceptions.PolarsError) as error:
-            raise UserError(f"{path} is damaged after row {row - 1} ({_first_line(error)}).") from error
+            fault = f"is damaged after row {row - 1} ({_first_line(error)}): write it again"
+            raise UserError(f"{path} {fault}.") from error
 
 
-def _plain(values: pa.Array) -> pl.Series:
-    """Without a time zone: seconds are counted from the same moment, and a damaged name would end the program."""
-    zoned = pa.types.is_timestamp(values.type) and values.type.tz is not None
-    return pl.Series(values.cast(pa.timestamp(values.type.unit)) if zoned else values)
+def _plain(values: pa.Array, name: str, source: str, path: str | os.PathLike[str]) -> pl.Series:
+    """
+    A column as text, numbers, dates or lists of text. Times lose their zone: seconds are counted from the same moment,
+    and a damaged name would end the program. Tables and lists of lists become text, NaN is missing.
+    """
+    values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+    kind = values.type
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        values = values.cast(pa.timestamp(kind.unit))
+    elif pa.types.is_float16(kind):
+        values = values.cast(pa.float32())
+    elif pa.types.is_decimal(kind):
+        values = values.cast(pa.string())
+    elif pa.types.is_nested(kind) and name not in _ONE_VALUE:
+        inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+        if not (pa.types.is_string(inner) or pa.types.is_large_string(inner)):
+            try:
+                return pl.Series(source, [flat_text(value) for value in values.to_pylist()], pl.String)
+            except (TypeError, ValueError) as error:  # bytes, dates and the like inside
+                raise _wrong_type(source, kind, path) from error
+    elif not any(test(kind) for test in _TYPES):
+        raise _wrong_type(source, kind, path)
+    column = pl.Series(values)
+    return column.fill_nan(None) if column.dtype.is_float() else column
+
+
+def _wrong_type(source: str, kind: pa.DataType, path: str | os.PathLike[str]) -> UserError:
+    fault = f"column '{listing([source])}' holds {listing([str(kind)])}"
+    return UserError(f"{path}: {fault}: write it as text or numbers, or leave the column out.")
 
 
 def _read_delimited(
@@ -151,37 +201,29 @@ def _read_delimited(
 ) -> Iterator[pl.DataFrame]:
     names: list[str] | None = None
     row = 1
-    for block in _whole_records(path, dialect):
+    source = (block for _, block in blocks(path, BLOCK_BYTES))
+    for block in source:
         if names is None:
-            header, rest = block.split(b"\n", 1) if b"\n" in block else (block, b"")
+            header, _, rest = block.partition(b"\n")
             names = _header(header, dialect, path)
             block = block if dialect.names else rest
             chosen = _chosen(columns, names, optional, path)
         if not block:
             continue
-        frame = _fast(block, names, dialect)
-        if frame is None:
-            frame, records = _record_by_record(block, names, dialect, row, path, skipped)
+        if dialect.quoted and b'"' in block:  # line ends may be text from here on: the rest is one stream
+            records = _quoted(itertools.chain([block], source), dialect, len(names), row, path)
+            found = _frames(records, names, row, path, skipped)
+        elif (frame := _fast(block, names, dialect)) is not None:
+            found = iter([frame.with_columns(pl.int_range(row, row + frame.height, dtype=pl.Int64).alias(ROW))])
         else:
-            frame, records = frame.with_columns(pl.int_range(row, row + frame.height).alias(ROW)), frame.height
-        row += records
-        yield frame.select(ROW, **{name: pl.col(source) for name, source in chosen.items()})
-
-
-def _whole_records(path: str | os.PathLike[str], dialect: Dialect) -> Iterator[bytes]:
-    """Blocks that end with a record. Once a quote appears, line ends may be text: the rest comes as one block."""
-    rest: list[bytes] = []
-    for _, block in blocks(path, BLOCK_BYTES):
-        if rest or (dialect.quoted and b'"' in block):
-            rest.append(block)
-        else:
-            yield block
-    if rest:
-        yield b"".join(rest)
+            found = _frames(_unquoted(block, dialect), names, row, path, skipped)
+        for frame in found:
+            yield frame.select(ROW, **{name: pl.col(column) for name, column in chosen.items()})
+        row += block.count(b"\n")
 
 
 def _fast(block: bytes, names: list[str], dialect: Dialect) -> pl.DataFrame | None:
-    """The block by polars' own parser, or None where it refuses it or the rows cannot be numbered."""
+    """A block without quotes by polars' own parser, or None where it refuses it or reads it unlike its plain twin."""
     if dialect.encoding != "utf-8" or len(dialect.separator) > 1:
         try:
             text = block.decode(dialect.encoding)
@@ -190,89 +232,143 @@ def _fast(block: bytes, names: list[str], dialect: Dialect) -> pl.DataFrame | No
         if len(dialect.separator) > 1 and "\x1f" in text:
             return None
         block = text.replace(dialect.separator, "\x1f").encode() if len(dialect.separator) > 1 else text.encode()
-    block = block.rstrip(b"\r\n")
-    if not block or block[0] in b"\r\n" or b"\n\n" in block or b"\n\r\n" in block:
-        return None  # blank lines: polars makes rows of them
+    block = block.replace(b"\r\n", b"\n")
+    if b"\r" in block or b"\n\n" in block or block.startswith((b"\n", b"\xef\xbb\xbf")):
+        return None
     try:
         frame = pl.read_csv(
             io.BytesIO(block),
             has_header=False,
             separator=dialect.separator if len(dialect.separator) == 1 else "\x1f",
-            quote_char='"' if dialect.quoted else None,
+            quote_char=None,
             infer_schema=False,
             schema={name: pl.String for name in names},
         )
     except pl.exceptions.PolarsError:
         return None
-    lines = block.count(b"\n") + 1
-    return frame if frame.height == lines or (dialect.quoted and b'"' in block and frame.height < lines) else None
+    return frame if frame.height == block.count(b"\n") + (not block.endswith(b"\n")) else None
 
 
-def _record_by_record(
-    block: bytes,
-    names: list[str],
-    dialect: Dialect,
-    first_row: int,
-    path: str | os.PathLike[str],
-    skipped: Counter[str] | None,
-) -> tuple[pl.DataFrame, int]:
-    """The same by Python's parser, which says which row is wrong: only for blocks that polars refuses."""
-    values: list[list[str | None]] = []
-    numbers = []
-    row = first_row - 1
-    for fields in _records(block, dialect):
-        row += 1
-        if isinstance(fields, list) and not fields:
-            continue
-        fault = fields if isinstance(fields, str) else None
-        if fault is None and len(fields) > len(names):
-            fault = f"{len(fields)} fields where the file has {len(names)} columns"
-        if fault is not None:
-            if skipped is None:
-                raise UserError(
-                    f"{path}, row {row}: {fault}; mend the row, or pass --skip_bad_rows to leave such rows out and "
-                    "count them."
-                )
-            skipped[UNREADABLE] += 1
-            continue
-        values.append([value or None for value in fields] + [None] * (len(names) - len(fields)))
-        numbers.append(row)
-    frame = pl.DataFrame(values, schema={name: pl.String for name in names}, orient="row")
-    return frame.with_columns(pl.Series(ROW, numbers, dtype=pl.Int64)), row - first_row + 1
-
-
-def _records(block: bytes, dialect: Dialect) -> Iterator[list[str] | str]:
-    """The fields of each record, or what is wrong with it."""
-    if not dialect.quoted or len(dialect.separator) > 1 or b'"' not in block:
-        for line in block.split(b"\n"):
-            try:
-                text = line.decode(dialect.encoding).removesuffix("\r")
-            except UnicodeDecodeError as error:
-                yield f"not {dialect.encoding} text ({error.reason})"
-                continue
-            yield text.split(dialect.separator) if text else []
-        return
-    text = block.decode(dialect.encoding, "replace")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=dialect.separator, strict=True)
-    while True:
+def _unquoted(block: bytes, dialect: Dialect) -> Iterator[list[str] | str]:
+    """The fields of each line, or what is wrong with it: the plain twin of [`_fast`]."""
+    for line in block.removesuffix(b"\n").split(b"\n"):
         try:
-            yield next(reader)
+            text = line.decode(dialect.encoding).rstrip("\r")
+        except UnicodeDecodeError as error:
+            yield f"not {dialect.encoding} text ({error.reason})"
+            continue
+        if "\r" in text:
+            yield "a carriage return inside a line"
+        else:
+            yield text.split(dialect.separator) if text else []
+
+
+class _Lines:
+    """Lines of text; those of a record that turns out to be none can be given back, all but its first."""
+
+    def __init__(self, source: Iterable[bytes], encoding: str):
+        self.source = (line for block in source for line in io.BytesIO(block))
+        self.encoding = encoding
+        self.taken: list[bytes] = []
+        self.returned: list[bytes] = []
+        self.fault = ""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.returned.pop() if self.returned else next(self.source)
+        self.taken.append(line)
+        try:
+            return line.decode(self.encoding)
+        except UnicodeDecodeError as error:
+            self.fault = f"not {self.encoding} text ({error.reason})"
+            return line.decode(self.encoding, "replace")
+
+    def begin_record(self) -> None:
+        self.taken, self.fault = [], ""
+
+    def give_back(self) -> None:
+        self.returned += reversed(self.taken[1:])
+
+
+def _quoted(
+    source: Iterable[bytes], dialect: Dialect, width: int, row: int, path: str | os.PathLike[str]
+) -> Iterator[list[str] | str]:
+    """The same where fields may stand in quotes, by Python's parser; a broken record is its first line alone."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    lines, separator = _Lines(source, dialect.encoding), dialect.separator.encode()
+    reader = csv.reader(lines, delimiter=dialect.separator, strict=True)
+    for row in itertools.count(row):
+        lines.begin_record()
+        try:
+            fields = next(reader)
+            fault = lines.fault or _too_many(fields, width)
         except StopIteration:
             return
         except csv.Error as error:
-            yield f"not a record of quoted fields ({error})"
+            is_open = "limit" in str(error) or "end of data" in str(error)
+            fault = f"not a record of quoted fields ({'a quote that does not end' if is_open else error})"
+        taken = lines.taken
+        if fault:
+            lines.give_back()
+        elif len(taken) > 1 and all(line.count(separator) == width - 1 for line in taken):
+            logger.warning("%s, row %d: %d lines that all look like rows; check its quotes.", path, row, len(taken))
+        yield fault or fields
+
+
+def _frames(
+    records: Iterator[list[str] | str],
+    names: list[str],
+    row: int,
+    path: str | os.PathLike[str],
+    skipped: Counter[str] | None,
+) -> Iterator[pl.DataFrame]:
+    """Records as frames with the row number of each; an empty record is none, a wrong one is counted or raised."""
+    schema = {**{name: pl.String for name in names}, ROW: pl.Int64}
+    values: list[list[str | int | None]] = []
+    for number, fields in enumerate(records, start=row):
+        fault = fields if isinstance(fields, str) else ""
+        fault = fault or _too_many(fields, len(names))
+        if fault and skipped is None:
+            cure = "mend the row, or pass --skip_bad_rows to leave such rows out and count them"
+            raise UserError(f"{path}, row {number}: {fault}; {cure}.")
+        if fault:
+            skipped[UNREADABLE] += 1  # type: ignore[index]
+        elif fields:
+            values.append([*(value or None for value in fields), *[None] * (len(names) - len(fields)), number])
+        if len(values) == _QUOTED_ROWS:
+            yield pl.DataFrame(values, schema=schema, orient="row")
+            values = []
+    yield pl.DataFrame(values, schema=schema, orient="row")
+
+
+def _too_many(fields: Sequence[str], width: int) -> str:
+    return f"{len(fields)} fields where the file has {width} columns" if len(fields) > width else ""
 
 
 def _header(line: bytes, dialect: Dialect, path: str | os.PathLike[str]) -> list[str]:
     if dialect.names:
         return list(dialect.names)
-    fields = next(_records(line.removeprefix(b"\xef\xbb\xbf"), dialect), [])
-    if not isinstance(fields, list) or not fields:
+    quoted = dialect.quoted and b'"' in line
+    fields = next(_quoted([line], dialect, len(line), 0, path) if quoted else _unquoted(line, dialect), [])
+    if isinstance(fields, str):
+        raise UserError(f"{path}, header line: {fields}; save the file as UTF-8 with one line a row.")
+    if not fields:
         raise UserError(f"{path} has no header line to name its columns.")
-    repeated = [name for name, count in Counter(fields).items() if count > 1]
+    return _unique([name.strip() or f"{UNNAMED}{at}" for at, name in enumerate(fields)], path)
+
+
+def _unique(names: Sequence[str], path: str | os.PathLike[str]) -> list[str]:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise UserError(f"{path} names column '{listing(repeated[:1])}' twice in its header line: rename one.")
-    return fields
+        raise UserError(f"{path} names column '{listing(repeated[:1])}' twice: rename one.")
+    return list(names)
+
+
+def is_index(name: str) -> bool:
+    """Whether a column is what pandas leaves behind: an index without a name."""
+    return name.startswith((UNNAMED, "Unnamed: ", "__index_level_"))
 
 
 def _first_line(error: BaseException) -> str:

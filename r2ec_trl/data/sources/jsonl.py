@@ -5,11 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
+import re
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from typing import Any, BinaryIO
 
 import polars as pl
@@ -17,9 +21,26 @@ import polars as pl
 from r2ec_trl.errors import UserError
 
 BLOCK_BYTES = 8 << 20
+LONGEST_LINE = 64 << 20  # bytes: a longer one is no table, and would not fit into memory
 UNREADABLE = "row that cannot be read"
+UNNAMED = "unnamed column "  # and its number
 ROW = "__row__"  # no source has a column of this name
 Schema = dict[str, Any]  # column -> pl.String or pl.List(pl.String)
+
+_UNPACK = "is a {} archive: unpack it first"
+_NO_TEXT = {  # what a file that is no text begins with
+    b"PK\x03\x04": _UNPACK.format("zip"),
+    b"PK\x05\x06": _UNPACK.format("zip"),
+    b"\xfd7zXZ\x00": _UNPACK.format("xz"),
+    b"BZh": _UNPACK.format("bzip2"),
+    b"(\xb5/\xfd": _UNPACK.format("zstd"),
+    b"7z\xbc\xaf": _UNPACK.format("7z"),
+    b"\x1f\x8b": "is packed twice: unpack it once",
+    b"PAR1": "is a parquet file: name it .parquet",
+    b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
+}
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
 def read_jsonl(
@@ -50,9 +71,15 @@ def read_jsonl(
     for first_row, block in blocks(path, block_bytes):
         frame = _fast(block, schema)
         if frame is None:
-            yield _line_by_line(block, schema, first_row, path, skipped)
-        else:
-            yield frame.with_columns(pl.int_range(first_row, first_row + frame.height, dtype=pl.Int64).alias(ROW))
+            yield _line_by_line(enumerate(block.split(b"\n"), start=first_row), schema, path, skipped)
+            continue
+        frame = frame.with_columns(pl.int_range(first_row, first_row + frame.height, dtype=pl.Int64).alias(ROW))
+        nested = frame.select(pl.any_horizontal(_may_be_nested(*column) for column in schema.items())).to_series()
+        if nested.any():  # tables and lists as text: polars has another spelling
+            lines, places = block.split(b"\n"), nested.arg_true().to_list()
+            again = _line_by_line(((first_row + at, lines[at]) for at in places), schema, path, skipped)
+            frame = pl.concat([frame.filter(~nested), again]).sort(ROW)
+        yield frame
 
 
 def open_maybe_gzip(path: str | os.PathLike[str]) -> BinaryIO:
@@ -67,10 +94,13 @@ def open_maybe_gzip(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, bytes]]:
-    """Pairs of the first line's number (from 1) and the bytes of whole lines; the next block is read meanwhile."""
+    """
+    Pairs of the first line's number (from 1) and the bytes of whole lines, without a byte order mark; the next block
+    is read meanwhile. A file that is no text of one byte a character, or a line without end, is a [`UserError`].
+    """
     first_row, rest = 1, b""
     with open_maybe_gzip(path) as file, ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(file.read, block_bytes)
+        reading, is_first = pool.submit(file.read, block_bytes), True
         while True:
             try:
                 read = reading.result()
@@ -79,9 +109,15 @@ def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iter
                 raise UserError(
                     f"{path} is damaged after row {row - 1} ({' '.join(str(error).split())}): fetch the file again."
                 ) from error
+            if is_first:
+                is_first, read = False, _checked_start(read, path)
             if read:
                 reading = pool.submit(file.read, block_bytes)
             end = read.rfind(b"\n") + 1
+            if len(rest) > LONGEST_LINE:
+                raise UserError(
+                    f"{path}, row {first_row} is a line of over {LONGEST_LINE >> 20} MiB: is this a file of lines?"
+                )
             if read and not end:
                 rest += read
                 continue
@@ -93,8 +129,21 @@ def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iter
                 return
 
 
+def _checked_start(start: bytes, path: str | os.PathLike[str]) -> bytes:
+    for magic, fault in _NO_TEXT.items():
+        if start.startswith(magic):
+            raise UserError(f"{path} {fault}.")
+    if start[257:262] == b"ustar":
+        raise UserError(f"{path} {_UNPACK.format('tar')}.")
+    if start[:4].count(0) > 1:
+        raise UserError(f"{path} is UTF-16 text or no text at all: save it as UTF-8.")
+    return start.removeprefix(b"\xef\xbb\xbf")
+
+
 def _fast(block: bytes, schema: Schema) -> pl.DataFrame | None:
     """The block by polars' own parser, or None where it refuses a line or the lines cannot be numbered."""
+    if _LONE_SURROGATE.search(block):  # which polars makes a NUL of
+        return None
     lines = block.count(b"\n") + (not block.endswith(b"\n"))
     try:
         frame = pl.read_ndjson(io.BytesIO(block), schema=schema)
@@ -103,29 +152,78 @@ def _fast(block: bytes, schema: Schema) -> pl.DataFrame | None:
     return frame if frame.height == lines else None
 
 
+def _may_be_nested(name: str, kind: pl.DataType) -> pl.Expr:
+    """Whether a text begins as a JSON table or list does, which it may have been."""
+    if kind == pl.String:
+        return pl.col(name).str.contains(r"^[\[{]").fill_null(False)
+    return pl.col(name).list.eval(pl.element().str.contains(r"^[\[{]")).list.any().fill_null(False)
+
+
 def _line_by_line(
-    block: bytes, schema: Schema, first_row: int, path: str | os.PathLike[str], skipped: Counter[str] | None
+    lines: Iterable[tuple[int, bytes]], schema: Schema, path: str | os.PathLike[str], skipped: Counter[str] | None
 ) -> pl.DataFrame:
-    """The same by Python's parser, which says which line is wrong: only for blocks that polars refuses."""
+    """The same by Python's parser, which says which line is wrong: the plain twin of [`_fast`]."""
     columns: dict[str, list] = {name: [] for name in schema}
     numbers = []
-    for row, line in enumerate(block.split(b"\n"), start=first_row):
+    for row, line in lines:
         if not line.strip():
             continue
-        try:
-            values = _as_schema(parse_object(line), schema)
-        except ValueError as error:
-            if skipped is None:
-                raise UserError(
-                    f"{path}, row {row}: {error}; mend the line, or pass --skip_bad_rows to leave such rows out "
-                    "and count them."
-                ) from error
-            skipped[UNREADABLE] += 1
-            continue
-        for name, value in values.items():
-            columns[name].append(value)
-        numbers.append(row)
+        found = parsed(line, lambda value: _as_schema(value, schema), row, path, skipped)
+        if found is not None:
+            for name, value in found.items():
+                columns[name].append(value)
+            numbers.append(row)
     return pl.DataFrame({**columns, ROW: numbers}, schema={**schema, ROW: pl.Int64})
+
+
+def parsed(
+    line: bytes, make: Any, row: int, path: str | os.PathLike[str], skipped: Counter[str] | None
+) -> dict[str, Any] | None:
+    """`make` of the JSON object of a line; what cannot be read is counted in `skipped` (then None) or raised."""
+    try:
+        return make(parse_object(line))
+    except (ValueError, RecursionError) as error:
+        fault = "the JSON is nested too deeply" if isinstance(error, RecursionError) else error
+        if skipped is None:
+            raise UserError(
+                f"{path}, row {row}: {fault}; mend the line, or pass --skip_bad_rows to leave such rows out and count "
+                "them."
+            ) from error
+        skipped[UNREADABLE] += 1
+        return None
+
+
+def read_objects(path: str | os.PathLike[str], names: Mapping[str, str], skipped: Counter[str] | None) -> pl.DataFrame:
+    """
+    All columns that any line has, as text: read line by line, as no key may be lost.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        names (`Mapping[str, str]`):
+            From key to column, for keys that get another name; a key that has such a name itself is left out.
+        skipped (`Counter`, *optional*):
+            Where lines that are no JSON objects are counted; None to raise at the first.
+
+    Returns:
+        `polars.DataFrame`: text columns, those of `names` first, and the line number in [`ROW`].
+    """
+    taken = {ROW, *names.values()}
+    rows: list[dict[str, Any]] = []
+    columns: dict[str, None] = dict.fromkeys(names.values())
+
+    def flat(value: dict[str, Any]) -> dict[str, str | None]:
+        kept = {names.get(key, key): part for key, part in value.items() if key in names or key not in taken}
+        return {as_text(name) or UNNAMED: flat_text(part) for name, part in kept.items()}
+
+    for first, block in blocks(path):
+        for number, line in enumerate(block.split(b"\n"), start=first):
+            if line.strip() and (row := parsed(line, flat, number, path, skipped)) is not None:
+                columns.update(dict.fromkeys(row))
+                rows.append({**row, ROW: number})
+    if not rows:
+        raise UserError(f"{path} is empty: a catalogue needs at least one item.")
+    return pl.DataFrame(rows, schema={**dict.fromkeys(columns, pl.String), ROW: pl.Int64})
 
 
 def listing(names: Iterable[str], most: int = 30) -> str:
@@ -135,34 +233,56 @@ def listing(names: Iterable[str], most: int = 30) -> str:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """A JSON object, or a ValueError that fits into a sentence."""
+    """A JSON object, or a ValueError that fits into a sentence; of a repeated key the first value (as polars)."""
+    limit = sys.getrecursionlimit()
     try:
-        value = json.loads(line, object_pairs_hook=_first_of_each)
-    except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
+        text = line.decode()
+        try:
+            value = json.loads(text, object_pairs_hook=_first_of_each)
+        except RecursionError:  # polars reads a thousand levels: so must this
+            sys.setrecursionlimit(limit + 3000)
+            value = json.loads(text, object_pairs_hook=_first_of_each)
     except ValueError as error:
         raise ValueError(f"not a JSON object ({' '.join(str(error).split())})") from error
+    finally:
+        sys.setrecursionlimit(limit)
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object (a {type(value).__name__})")
     return value
 
 
 def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a repeated key the first value, as polars takes it."""
     return dict(pairs) if len(pairs) < 2 else {**dict(pairs), **dict(reversed(pairs))}
 
 
 def as_text(value: Any) -> str | None:
-    """Any JSON value as text, as polars would give it: numbers plainly, tables and lists as JSON."""
-    if value is None:
+    """
+    Any JSON value as text, as polars would give it: numbers in plain digits (`1.0` is `1`), tables and lists as JSON;
+    null, NaN and infinity are missing.
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is not text
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f").removesuffix(".0")
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4000:
         raise ValueError("a number has over a thousand digits")
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+    text = value if isinstance(value, str) else json.dumps(_finite(value), ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is not text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flat_text(value: Any) -> str | None:
+    """The same with the parts of a list joined by blanks."""
+    if isinstance(value, list):
+        return " ".join(text for part in value if (text := flat_text(part)))
+    return as_text(value)
 
 
 def _as_schema(value: dict[str, Any], schema: Schema) -> dict[str, Any]:
@@ -174,7 +294,9 @@ def _as_schema(value: dict[str, Any], schema: Schema) -> dict[str, Any]:
         elif isinstance(found, list):
             row[name] = [as_text(part) for part in found]
         elif isinstance(found, str):
-            row[name] = [found] if found else []
+            row[name] = [as_text(found)] if found else []
+        elif isinstance(found, float) and math.isnan(found):
+            row[name] = None
         else:
             raise ValueError(f"'{name}' holds a {type(found).__name__} instead of a list")
     return row

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from r2ec_trl.data.sources.delimited import Dialect, read_table
-from r2ec_trl.data.sources.source import Source, check_interactions
+from r2ec_trl.data.sources.source import Kind, Source, check_interactions, check_same_ids, checked_items
 from r2ec_trl.errors import UserError
 
 _NAMES = ("user_id", "item_id", "rating", "timestamp")
@@ -42,6 +42,7 @@ def import_movielens(folder: str | os.PathLike[str], *, skip_bad_rows: bool = Fa
             interactions, movies = read(folder / ratings, folder / items, skipped)
             year = pl.col("title").str.extract(r"\(([0-9]{4})\)\s*$", 1)
             movies = movies.with_columns(year=year)
+            check_same_ids(interactions, movies, folder / ratings, folder / items)
             name = f"movielens: {folder.name}"
             return Source(name, interactions, movies, 1, dropped)
     raise UserError(f"'{folder}' has no u.data, ratings.dat or ratings.csv: pass an unpacked MovieLens folder.")
@@ -74,7 +75,7 @@ def _read_dat(ratings: Path, items: Path, skipped: Counter[str] | None) -> tuple
 def _read_csv(ratings: Path, items: Path, skipped: Counter[str] | None) -> tuple[pl.DataFrame, pl.DataFrame]:
     interactions = _ratings(ratings, None, ("userId", "movieId", "rating", "timestamp"), skipped)
     movies = _movies(items, None, ("movieId", "title", "genres"), skipped)
-    return interactions, movies.rename({"movieId": "item_id"}).with_columns(_genres())
+    return interactions, movies.with_columns(_genres())
 
 
 def _genres() -> pl.Expr:
@@ -90,7 +91,7 @@ def _movies(path: Path, dialect: Dialect | None, names: Sequence[str], skipped: 
     frames = list(read_table(path, {name: name for name in names}, dialect=dialect, skipped=skipped))
     if not frames:
         raise UserError(f"{path} is empty: unpack the archive again.")
-    return pl.concat(frames).select(*names)
+    return checked_items(pl.concat(frames).rename({names[0]: "item_id"}), path, skipped).select("item_id", *names[1:])
 
 
 def _encoding(path: Path) -> str:
@@ -100,3 +101,6 @@ def _encoding(path: Path) -> str:
     except UnicodeDecodeError:
         return "latin-1"
     return "utf-8"
+
+
+KIND = Kind(import_movielens, "input=folder skip_bad_rows")

@@ -10,7 +10,7 @@ import polars as pl
 
 from r2ec_trl.data.sources.delimited import Dialect, column_names, read_table
 from r2ec_trl.data.sources.jsonl import listing
-from r2ec_trl.data.sources.source import SPLIT_CODES, Source, check_interactions
+from r2ec_trl.data.sources.source import SPLIT_CODES, UNITS, Kind, Source, check_interactions, check_same_ids
 from r2ec_trl.data.sources.table import import_items
 from r2ec_trl.errors import UserError
 
@@ -27,6 +27,7 @@ def import_recbole(
     rating_column: str | None = "rating",
     time_column: str = "timestamp",
     title_column: str | None = None,
+    timestamp_unit: str = "s",
     skip_bad_rows: bool = False,
 ) -> Source:
     """
@@ -40,6 +41,8 @@ def import_recbole(
             Field names without their types; a file without `rating` has no ratings.
         title_column (`str`, *optional*):
             By default the first of title, movie_title, name, … that there is.
+        timestamp_unit (`str`, *optional*, defaults to `"s"`):
+            `"s"`, `"ms"`, `"us"` or `"ns"`.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Leave bad rows out and count them.
     """
@@ -55,12 +58,15 @@ def import_recbole(
         columns = {key: types.get(column, column) for key, column in wanted.items()}
         optional = ["rating"] if rating_column == "rating" else []
         frames = read_table(path, columns, dialect=_DIALECT, optional=optional, skipped=skipped)
-        frame = check_interactions(frames, path, skipped=skipped)
+        frame = check_interactions(frames, path, skipped=skipped, unit=timestamp_unit)
         if split:
             frame = frame.with_columns(pl.lit(SPLIT_CODES[split], dtype=pl.Int8).alias("split"))
         interactions.append(frame)
-    items = _items(Path(folder) / f"{name}.item", item_column, title_column, skipped)
-    return Source(f"recbole: {name}", pl.concat(interactions), items, 1, dropped)
+    items_path, rows = Path(folder) / f"{name}.item", pl.concat(interactions)
+    items = _items(items_path, item_column, title_column, skipped)
+    if items_path.is_file():
+        check_same_ids(rows, items, f"{name}.inter", items_path)
+    return Source(f"recbole: {name}", rows, items, UNITS[timestamp_unit], dropped)
 
 
 def _find(folder: Path) -> tuple[str, dict[str, Path]]:
@@ -86,6 +92,8 @@ def _typed_names(path: Path) -> dict[str, str]:
 
 def _items(path: Path, item_column: str, title_column: str | None, skipped: Counter[str] | None) -> pl.DataFrame:
     if not path.is_file():
+        if title_column:
+            raise UserError(f"--title_column {title_column!r} needs {path}, which is not there.")
         return pl.DataFrame(schema={"item_id": pl.String, "title": pl.String})
     types = _typed_names(path)
     title = title_column or next((name for name in _TITLES if name in types), None)
@@ -96,3 +104,9 @@ def _items(path: Path, item_column: str, title_column: str | None, skipped: Coun
             raise UserError(f"{path} has no column '{name}'; it has {listing(types)}.")
     items = import_items(path, types[item_column], types[title], dialect=_DIALECT, skipped=skipped)
     return items.rename({cell: name for name, cell in types.items() if cell in items.columns and name not in items})
+
+
+KIND = Kind(
+    import_recbole,
+    "input=folder user_column item_column rating_column time_column title_column timestamp_unit skip_bad_rows",
+)

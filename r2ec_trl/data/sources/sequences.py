@@ -11,7 +11,8 @@ from datasets import DatasetDict
 
 from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.data.schema import ITEMS, SPLITS
-from r2ec_trl.data.sources.jsonl import ROW, UNREADABLE, Schema, as_text, blocks, parse_object, read_jsonl, reject
+from r2ec_trl.data.sources.jsonl import ROW, Schema, read_jsonl, read_objects, reject
+from r2ec_trl.data.sources.source import TOO_LATE, Kind, checked_ids, checked_items
 from r2ec_trl.errors import UserError
 
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",), ITEMS: (ITEMS,)}
@@ -54,7 +55,8 @@ def import_sequences(
     dropped = Counter() if dropped is None else dropped
     skipped = dropped if skip_bad_rows else None
     paths = {split: _find(Path(folder), names) for split, names in _NAMES.items()}
-    items = _checked_items(read_items(paths[ITEMS], skipped), paths[ITEMS], skipped)
+    items = read_objects(paths[ITEMS], {"item_id": "item_id", "title": "title"}, skipped)
+    items = checked_items(items, paths[ITEMS], skipped, strict=True)
     splits = {split: _read_rows(paths[split], items["item_id"], skipped) for split in SPLITS}
     splits[ITEMS] = items
     return DatasetDict({split: to_dataset(frame) for split, frame in splits.items()})
@@ -72,9 +74,8 @@ def _read_rows(path: Path, catalogue: pl.Series, skipped: Counter[str] | None) -
     frames = list(read_jsonl(path, _SCHEMA, skip_bad_rows=skipped is not None, dropped=skipped))
     if not frames:
         raise UserError(f"{path} is empty: each split needs at least one row.")
-    rows = pl.concat(frames)
-    for column in ("user_id", "target"):
-        rows = reject(rows, pl.col(column).is_null() | (pl.col(column) == ""), f"has no {column}", path, skipped)
+    rows = checked_ids(pl.concat(frames), ("user_id", "target"), path, skipped)
+    rows = rows.with_columns(pl.col("history").list.eval(pl.element().str.strip_chars()))
     rows = reject(rows, pl.col("history").list.len() == 0, "has an empty history", path, skipped)
     known = pl.lit(catalogue).implode()
     strange = rows.select(ROW, "history").explode("history").filter(~pl.col("history").is_in(known).fill_null(False))
@@ -84,71 +85,30 @@ def _read_rows(path: Path, catalogue: pl.Series, skipped: Counter[str] | None) -
     for column, kind in _TYPES.items():
         if rows[column].null_count() == rows.height:
             rows = rows.drop(column)
-            continue
-        cast = pl.col(column).cast(kind, strict=False)
-        bad = cast.is_null()
-        if isinstance(kind, pl.List):
-            bad |= (cast.list.len() != pl.col("history").list.len()) | cast.list.eval(
-                pl.element().is_null()
-            ).list.any()
-        rows = reject(rows, bad, f"has a {column} that does not fit", path, skipped, column)
-        rows = rows.with_columns(cast)
+        else:
+            rows = _typed(rows, column, kind, path, skipped)
     if rows.is_empty():
         raise UserError(f"{path}: no row is left after the bad ones, and each split needs at least one.")
     return rows.drop(ROW)
 
 
-def read_items(
-    path: Path, skipped: Counter[str] | None, item_column: str = "item_id", title_column: str = "title"
+def _typed(
+    rows: pl.DataFrame, column: str, kind: pl.DataType, path: Path, skipped: Counter[str] | None
 ) -> pl.DataFrame:
-    """
-    The catalogue from JSON lines, with every column that any line has: read line by line, as no key may be lost.
-
-    Args:
-        path (`Path`):
-            The file.
-        skipped (`Counter`, *optional*):
-            Where lines that are no JSON objects are counted; None to raise at the first.
-        item_column, title_column (`str`, *optional*):
-            Keys that become `item_id` and `title`.
-
-    Returns:
-        `polars.DataFrame`: text columns, and the line number in [`ROW`](~r2ec_trl.data.sources.jsonl.ROW).
-    """
-    names = {item_column: "item_id", title_column: "title"}
-    rows: list[dict[str, str | int | None]] = []
-    columns: dict[str, None] = {"item_id": None, "title": None}
-    for first, block in blocks(path):
-        for number, line in enumerate(block.split(b"\n"), start=first):
-            if not line.strip():
-                continue
-            try:
-                found = parse_object(line).items()
-                row = {names.get(key, key): _flat_text(value) for key, value in found}
-            except ValueError as error:
-                if skipped is None:
-                    raise UserError(
-                        f"{path}, row {number}: {error}; mend the line or pass --skip_bad_rows."
-                    ) from error
-                skipped[UNREADABLE] += 1
-                continue
-            columns.update(dict.fromkeys(row))
-            rows.append({**row, ROW: number})
-    if not rows:
-        raise UserError(f"{path} is empty: a catalogue needs at least one item.")
-    frame = pl.DataFrame(rows, schema={**dict.fromkeys(columns, pl.String), ROW: pl.Int64})
-    return frame
+    """A column of numbers: finite ratings, as many as the history; times in whole seconds of our days."""
+    value, is_list = pl.col(column).cast(kind, strict=False), isinstance(kind, pl.List)
+    element = pl.element() if is_list else value
+    wrong, far = element.is_null(), pl.lit(False)
+    if kind == pl.List(pl.Float64):
+        wrong |= ~element.is_finite()
+    else:
+        far = ~element.is_between(0, TOO_LATE)
+    if is_list:
+        wrong, far = (value.list.eval(test).list.any() for test in (wrong, far & pl.element().is_not_null()))
+        wrong |= value.list.len() != pl.col("history").list.len()
+    rows = reject(rows, value.is_null() | wrong, f"has a {column} that does not fit", path, skipped, column)
+    seconds = f"has a {column} that is no time in whole seconds (milliseconds? divide by 1000)"
+    return reject(rows, far, seconds, path, skipped, column).with_columns(value)
 
 
-def _checked_items(items: pl.DataFrame, path: Path, skipped: Counter[str] | None) -> pl.DataFrame:
-    for column in ("item_id", "title"):
-        bad = pl.col(column).is_null() | (pl.col(column) == "")
-        items = reject(items, bad, f"has no {column}", path, skipped)
-    repeated = pl.struct("item_id").is_first_distinct().not_()
-    return reject(items, repeated, "repeats an item_id", path, skipped, "item_id").drop(ROW)
-
-
-def _flat_text(value: object) -> str | None:
-    if isinstance(value, list):
-        return " ".join(text for part in value if (text := _flat_text(part)))
-    return as_text(value)
+KIND = Kind(import_sequences, "input=folder skip_bad_rows dropped", ready=True)

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import polars as pl
 
-from r2ec_trl.data.sources.jsonl import reject
+from r2ec_trl.data.sources.delimited import is_index
+from r2ec_trl.data.sources.jsonl import ROW, listing, reject
 from r2ec_trl.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 TOO_LATE = 100_000_000_000  # seconds: the year 5138
-UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
+UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+MISSING = ("NaN", "nan", "<NA>", "NaT", "None", "null", "NULL")  # how other programs write that there is nothing
 _PARSED = "__parsed__"
 SPLIT_CODES = {"train": 0, "validation": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    A kind of source, for the registry.
+
+    Args:
+        read (`Callable`):
+            Gives a [`Source`], or the four splits where the source is `ready`.
+        flags (`str`):
+            The recipe's flags that `read` has a parameter for: `flag`, or `flag=parameter` where the names differ.
+        needs (`tuple[str, ...]`, *optional*):
+            Flags it cannot do without.
+        ready (`bool`, *optional*, defaults to `False`):
+            Split and cut into windows already: flags of filters and splits do not apply.
+    """
+
+    read: Callable[..., Any]
+    flags: str
+    needs: tuple[str, ...] = ("input",)
+    ready: bool = False
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """From flag to parameter."""
+        pairs = (word.partition("=") for word in self.flags.split())
+        return {flag: parameter or flag for flag, _, parameter in pairs}
 
 
 @dataclass
@@ -66,8 +100,10 @@ def check_interactions(
         skipped (`Counter`, *optional*):
             None to raise at the first bad row; otherwise where they are counted.
         unit (`str`, *optional*, defaults to `"s"`):
-            What `timestamp` counts: `"s"`, `"ms"` or `"us"`.
+            What `timestamp` counts: `"s"`, `"ms"`, `"us"` or `"ns"`.
     """
+    if unit not in UNITS:
+        raise UserError(f"--timestamp_unit {unit!r} is unknown: choose one of {', '.join(UNITS)}.")
     checked = [_check(frame, path, skipped, UNITS[unit]) for frame in frames]
     rows = pl.concat(checked) if checked else pl.DataFrame()
     if rows.is_empty():
@@ -79,9 +115,9 @@ def check_interactions(
 def _check(
     frame: pl.DataFrame, path: str | os.PathLike[str], skipped: Counter[str] | None, ticks: int
 ) -> pl.DataFrame:
-    for column in ("user_id", "item_id"):
-        frame = frame.with_columns(pl.col(column).cast(pl.String))
-        frame = reject(frame, pl.col(column).is_null() | (pl.col(column) == ""), f"has no {column}", path, skipped)
+    frame = checked_ids(frame, ("user_id", "item_id"), path, skipped)
+    text = [name for name in ("rating", "timestamp", "split") if frame.schema.get(name) == pl.String]
+    frame = frame.with_columns(pl.col(text).str.strip_chars())
     columns = ["user_id", "item_id", "timestamp"]
     if "rating" in frame.columns:
         frame = frame.with_columns(pl.col("rating").cast(pl.Float64, strict=False).alias(_PARSED))
@@ -95,15 +131,71 @@ def _check(
     time = pl.col(_PARSED)
     frame = reject(frame, time.is_null(), "has a timestamp that is no whole number", path, skipped, "timestamp")
     frame = reject(frame, time < 0, "has a negative timestamp", path, skipped, "timestamp")
-    late = "has a timestamp after the year 5000 (is --timestamp_unit right?)"
-    frame = reject(frame, time > TOO_LATE * ticks, late, path, skipped, "timestamp")
+    late = time > min(TOO_LATE * ticks, 2**63 - 1)
+    frame = reject(
+        frame, late, f"has a timestamp after the year 5000 {_other_unit(frame, ticks)}", path, skipped, "timestamp"
+    )
     return frame.with_columns(time.alias("timestamp")).select(columns)
+
+
+def _other_unit(frame: pl.DataFrame, ticks: int) -> str:
+    """The unit in which the latest time would be of our days, for the sentence."""
+    latest: Any = frame[_PARSED].max() or 0
+    fits = [f" {name} would fit" for name, other in UNITS.items() if other > ticks and 1e8 < latest / other < 1e10]
+    return f"(is --timestamp_unit right?{''.join(fits[:1])})"
+
+
+def checked_ids(
+    frame: pl.DataFrame, columns: Sequence[str], path: str | os.PathLike[str], skipped: Counter[str] | None
+) -> pl.DataFrame:
+    """Columns of ids as text without blanks around it: whole numbers plainly (`3.0` of a float column is `3`)."""
+    for column in columns:
+        ids = frame[column]
+        if ids.dtype.is_float():
+            whole = ids.cast(pl.Int64, strict=False)
+            ids = whole if (whole.cast(ids.dtype) == ids).all() else ids
+        ids = ids.cast(pl.String).str.strip_chars()
+        frame = frame.with_columns(ids)
+        bad = pl.col(column).is_null() | pl.col(column).is_in(["", *MISSING])
+        frame = reject(frame, bad, f"has no {column}", path, skipped)
+    return frame
+
+
+def checked_items(
+    items: pl.DataFrame, path: str | os.PathLike[str], skipped: Counter[str] | None, strict: bool = False
+) -> pl.DataFrame:
+    """
+    The catalogue as importers hand it over: ids as [`checked_ids`] says, words that mean "nothing" as null, no column
+    that is an index. With `strict` an item without a title, or listed again, is a bad row.
+    """
+    index = [name for name in items.columns if is_index(name)]
+    if index:
+        logger.warning("%s: column %s is an index without a name and is left out.", path, listing(index))
+    items = checked_ids(items.drop(index).with_columns(pl.col("title").cast(pl.String)), ("item_id",), path, skipped)
+    text = [pl.col(name) for name, kind in items.schema.items() if kind == pl.String]
+    items = items.with_columns(pl.when(~name.str.strip_chars().is_in(["", *MISSING])).then(name) for name in text)
+    if strict:
+        items = reject(items, pl.col("title").is_null(), "has no title", path, skipped)
+        items = reject(items, ~pl.col("item_id").is_first_distinct(), "repeats an item_id", path, skipped, "item_id")
+    return items.drop(ROW)
+
+
+def check_same_ids(interactions: pl.DataFrame, items: pl.DataFrame, path: object, items_path: object) -> None:
+    """Raise [`UserError`] if no interaction is with an item of the catalogue: then the ids are written otherwise."""
+    known = interactions["item_id"].is_in(items["item_id"].implode())
+    if not known.any():
+        there = f"{items['item_id'][0]!r} is one of {items_path}" if items.height else f"{items_path} has none"
+        raise UserError(
+            f"No item of {path} is in the catalogue: {interactions['item_id'][0]!r} is one of its ids, {there}: write "
+            "the ids in one way."
+        )
 
 
 def _ticks(time: pl.Series, ticks: int) -> pl.Series:
     """Whole ticks, null where there are none: `881250949`, `8.8e8` and `5.0` are whole numbers, `5.5` is not."""
     if isinstance(time.dtype, (pl.Datetime, pl.Date)):
-        return time.cast(pl.Datetime("us")).dt.epoch("us") // (1_000_000 // ticks)
+        unit: Any = "ns" if ticks == UNITS["ns"] else "us"
+        return time.cast(pl.Datetime(unit)).dt.epoch(unit) // (UNITS[unit] // ticks)
     whole = time.cast(pl.Int64, strict=False) if time.dtype == pl.String or time.dtype.is_integer() else None
     if whole is not None and (whole.null_count() == 0 or time.dtype != pl.String):
         return whole

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import polars as pl
 
-from r2ec_trl.data.sources.delimited import Dialect, column_names, read_table
-from r2ec_trl.data.sources.jsonl import ROW, listing, reject
-from r2ec_trl.data.sources.sequences import read_items
-from r2ec_trl.data.sources.source import SPLIT_CODES, Source, check_interactions
+from r2ec_trl.data.sources.delimited import Dialect, column_names, is_index, read_table
+from r2ec_trl.data.sources.jsonl import ROW, listing, read_objects, reject
+from r2ec_trl.data.sources.source import (
+    SPLIT_CODES,
+    UNITS,
+    Kind,
+    Source,
+    check_interactions,
+    check_same_ids,
+    checked_items,
+)
 from r2ec_trl.errors import UserError
 
 _SPLIT_WORDS = {"train": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
@@ -26,7 +33,7 @@ def import_table(
     rating_column: str | None = "rating",
     time_column: str = "timestamp",
     split_column: str | None = None,
-    title_column: str = "title",
+    title_column: str | None = None,
     timestamp_unit: str = "s",
     skip_bad_rows: bool = False,
 ) -> Source:
@@ -39,14 +46,16 @@ def import_table(
         items_path (`str` or `os.PathLike`, *optional*):
             Items: the item column, a title and further columns, which are all read. Without it, items are named by
             their id (`missing_title="id"`).
-        user_column, item_column, time_column, title_column (`str`):
+        user_column, item_column, time_column (`str`):
             Names of the columns.
+        title_column (`str`, *optional*):
+            The items' title; `title` by default.
         rating_column (`str`, *optional*, defaults to `"rating"`):
             A file without it has no ratings.
         split_column (`str`, *optional*):
             Column that holds train, valid(ation) or test, for the split rule `given`.
         timestamp_unit (`str`, *optional*, defaults to `"s"`):
-            `"s"`, `"ms"` or `"us"`; a date column of a parquet file needs none.
+            `"s"`, `"ms"`, `"us"` or `"ns"`; a date column of a parquet file needs none.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Leave bad rows out and count them.
     """
@@ -65,9 +74,9 @@ def import_table(
     if items_path is None:
         items = pl.DataFrame(schema={"item_id": pl.String, "title": pl.String})
     else:
-        items = import_items(items_path, item_column, title_column, skipped=skipped)
-    ticks = {"s": 1, "ms": 1_000, "us": 1_000_000}[timestamp_unit]
-    return Source(f"table: {Path(path).name}", interactions, items, ticks, dropped)
+        items = import_items(items_path, item_column, title_column or "title", skipped=skipped)
+        check_same_ids(interactions, items, path, items_path)
+    return Source(f"table: {Path(path).name}", interactions, items, UNITS[timestamp_unit], dropped)
 
 
 def import_items(
@@ -80,22 +89,18 @@ def import_items(
 ) -> pl.DataFrame:
     """All columns of an item file, with `item_id` and `title` first; rows without an id are bad rows."""
     if dialect is None and ".json" in Path(path).name.lower():
-        return _with_ids(read_items(Path(path), skipped, item_column, title_column), path, skipped)
+        names = {item_column: "item_id", title_column: "title"}
+        return checked_items(read_objects(path, names, skipped), path, skipped)
     found = column_names(path, dialect)
     for name in (item_column, title_column):
         if name not in found:
             raise UserError(f"{path} has no column '{name}'; it has {listing(found)}.")
-    others = {name: name for name in found if name not in (item_column, title_column, "item_id", "title")}
-    columns = {"item_id": item_column, "title": title_column, **others}
+    others = {name for name in found if not is_index(name)} - {item_column, title_column, "item_id", "title", ROW}
+    columns = {"item_id": item_column, "title": title_column, **{name: name for name in found if name in others}}
     frames = list(read_table(path, columns, dialect=dialect, skipped=skipped))
     if not frames:
         raise UserError(f"{path} is empty: a catalogue needs at least one item.")
-    return _with_ids(pl.concat(frames).with_columns(pl.col("item_id", "title").cast(pl.String)), path, skipped)
-
-
-def _with_ids(items: pl.DataFrame, path: str | os.PathLike[str], skipped: Counter[str] | None) -> pl.DataFrame:
-    bad = pl.col("item_id").is_null() | (pl.col("item_id") == "")
-    return reject(items, bad, "has no item id", path, skipped).drop(ROW)
+    return checked_items(pl.concat(frames), path, skipped)
 
 
 def _coded_split(frame: pl.DataFrame, path: str | os.PathLike[str], skipped: Counter[str] | None) -> pl.DataFrame:
@@ -103,3 +108,10 @@ def _coded_split(frame: pl.DataFrame, path: str | os.PathLike[str], skipped: Cou
     code = word.replace_strict(_SPLIT_WORDS, default=None, return_dtype=pl.Int8)
     fault = f"is in none of the splits {', '.join(SPLIT_CODES)}"
     return reject(frame, code.is_null(), fault, path, skipped, "split").with_columns(split=code)
+
+
+KIND = Kind(
+    import_table,
+    "input=path items=items_path user_column item_column rating_column time_column split_column title_column "
+    "timestamp_unit skip_bad_rows",
+)
