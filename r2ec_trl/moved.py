@@ -23,6 +23,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "data.recbole": ("data.sources.recbole",),
     "data.sequences": ("data.sources.sequences",),
     "data.source": ("data.sources.source",),
+    "data.tables": ("cli.audit_tables",),
     "data.tabular": ("data.sources.table",),
     "evaluation_report": ("evaluation.report",),
     "loading": ("policy.loading", "cli.dataset_choice"),

@@ -24,44 +24,37 @@ Hardware: a CPU. Run times on 2 cores: see `recipes/benchmark.py --case data`.
 from __future__ import annotations
 
 import logging
-import tempfile
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from datasets import DatasetDict
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from r2ec_trl.cli.audit_tables import audit_tables
 from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.terminal import WorkDisplay, start_logging
 from r2ec_trl.data import (
     Filters,
     ItemFilter,
-    Source,
     SplitRule,
     audit_dataset,
     check_folder,
     cut_dataset,
-    import_amazon,
-    import_movielens,
-    import_recbole,
-    import_sequences,
-    import_table,
     load_dataset_card,
     prepare,
-    prompt_lengths,
-    save_dataset_folder,
 )
 from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.data.events import parse_date
-from r2ec_trl.data.schema import ITEMS, refuse_to_overwrite
+from r2ec_trl.data.schema import ITEMS, refuse_to_overwrite, write_dataset
+from r2ec_trl.data.sources import KINDS, kind_of
 from r2ec_trl.data.sources.amazon import DOWNLOADS
-from r2ec_trl.data.tables import audit_tables
 from r2ec_trl.data.text import item_text
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import build_folder
 
 logger = logging.getLogger("r2ec_trl")
 
@@ -70,9 +63,7 @@ logger = logging.getLogger("r2ec_trl")
 class SourceArguments:
     """What to read."""
 
-    source: Literal["amazon", "movielens", "recbole", "table", "sequences"] | None = field(
-        default=None, metadata={"help": "Kind of source."}
-    )
+    source: str | None = field(default=None, metadata={"help": "Kind of source.", "choices": KINDS})
     input: str | None = field(
         default=None, metadata={"help": "Folder or file; for amazon also 'hub', 'authors' or a URL (default: hub)."}
     )
@@ -88,7 +79,9 @@ class SourceArguments:
     time_column: str = field(default="timestamp", metadata={"help": "Table and RecBole: column of the time."})
     title_column: str | None = field(default=None, metadata={"help": "Table and RecBole: column of the title."})
     split_column: str | None = field(default=None, metadata={"help": "Table: column with train, validation, test."})
-    timestamp_unit: Literal["s", "ms", "us"] = field(default="s", metadata={"help": "Table: unit of the time."})
+    timestamp_unit: Literal["s", "ms", "us", "ns"] = field(
+        default="s", metadata={"help": "Table and RecBole: unit of the time."}
+    )
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out and count them."})
 
 
@@ -158,44 +151,107 @@ class OutputArguments:
     check: str | None = field(default=None, metadata={"help": "Audit this dataset folder and write nothing."})
 
 
+ARGUMENTS = (SourceArguments, FilterArguments, SplitArguments, OutputArguments)
+# A flag that says nothing unless another one is as the test wants it.
+ONLY_WITH: dict[str, tuple[str, Any, str]] = {
+    "ratio": ("split", lambda value: value == "time_ratio", "time_ratio"),
+    "validation_from": ("split", lambda value: value == "time_cut", "time_cut"),
+    "test_from": ("split", lambda value: value == "time_cut", "time_cut"),
+    "split_column": ("split", lambda value: value == "given", "given"),
+    "window_min_items": ("window_start", bool, "DAY"),
+    "window_step_months": ("window_min_items", bool, "NUMBER"),
+    "published_counts": ("source", lambda value: value == "amazon", "amazon"),
+    "download_dir": ("input", lambda value: value == "authors" or "://" in str(value), "authors or a URL"),
+}
+AT_LEAST = {"user_core": 0, "item_core": 0, "k_core": 0, "max_title_words": 1, "window_min_items": 0, "max_users": 0}
+AT_LEAST |= {"window_step_months": 1, "min_history": 1, "max_history": 1, "max_field_words": 1, "max_items": 0}
+
+
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    start_logging()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    source, filters, split, output = parse(
-        (SourceArguments, FilterArguments, SplitArguments, OutputArguments), description=__doc__
-    )
+    source, filters, split, output = arguments = parse(ARGUMENTS, description=__doc__)
+    check_flags({name: value for part in arguments for name, value in vars(part).items()})
     if output.check:
         check(output.check)
         return
-    if source.source is None or output.output is None:
-        raise UserError("--source and --output are needed (or --check FOLDER to audit a folder).")
+    published = _published(output.published_counts, source.amazon_category)
     refuse_to_overwrite(output.output)
-    folder = next(parent for parent in Path(output.output).absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{Path(output.output).name}.scratch-") as scratch:
+    with WorkDisplay(), build_folder(output.output) as folder:
+        scratch = folder / "scratch"
+        scratch.mkdir()
         dataset, card = build(source, filters, split, output, scratch)
-        published = _published(output.published_counts, source.amazon_category, card["facts"], dataset)
         if published:
-            card["published"] = published
+            here = {"users": card["facts"]["users"], **{split: len(rows) for split, rows in dataset.items()}}
+            card["published"] = {
+                name: {"published": count, "here": here[name]} for name, count in published.items() if name in here
+            }
         audit = audit_dataset(dataset, card["split_rule"])
         if output.tokenizer:
+            from r2ec_trl.policy.prompt_lengths import prompt_lengths  # torch takes seconds to import
+
             card["prompt_lengths"] = prompt_lengths(dataset, output.tokenizer, output.category)
-        save_dataset_folder(dataset, output.output, {**card, "audit": audit})
+        write_dataset(dataset, folder, {**card, "audit": audit}, output.output)
+        for file in (*scratch.iterdir(), scratch):
+            file.rmdir() if file.is_dir() else file.unlink()
     show(audit, load_dataset_card(output.output))
     if any(audit["leakage"].values()):
         logger.warning("%s is written, but its splits leak: see the table of leakage.", output.output)
 
 
+def check_flags(values: dict[str, Any]) -> None:
+    """Refuse what cannot be meant: flags that the source or other flags leave without effect, nonsense numbers."""
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory()
+        for part in ARGUMENTS
+        for one in fields(part)
+    }
+    given = [name for name, value in values.items() if value != defaults[name]]
+    if values["check"]:
+        if given != ["check"]:
+            raise UserError(f"--check audits a folder alone: leave --{given[given[0] == 'check']} out.")
+        return
+    if not values["source"] or not values["output"]:
+        raise UserError("--source and --output are needed (or --check FOLDER to audit a folder).")
+    kind = kind_of(values["source"])
+    for name in kind.needs:
+        if not values[name]:
+            example = ", such as Video_Games" if name == "amazon_category" else ""
+            raise UserError(f"--source {values['source']} needs --{name}{example}.")
+    filtering = {one.name for part in (FilterArguments, SplitArguments) for one in fields(part)}
+    used = {"source", *kind.parameters, *(one.name for one in fields(OutputArguments))}
+    used |= set() if kind.ready else filtering
+    for name in given:
+        if name not in used:
+            raise UserError(f"--{name} does not apply to --source {values['source']}: leave it out.")
+        other, test, wanted = ONLY_WITH.get(name, ("", None, ""))
+        if other and not test(values[other]):
+            raise UserError(f"--{name} does nothing without --{other} {wanted}: add that or leave it out.")
+        if isinstance(values[name], float) and not math.isfinite(values[name]):
+            raise UserError(f"--{name} {values[name]} is no number to compare with: give a finite one.")
+        if name in AT_LEAST and values[name] is not None and not AT_LEAST[name] <= values[name] < 1 << 31:
+            raise UserError(f"--{name} {values[name]} cannot be: give at least {AT_LEAST[name]}.")
+    if values["k_core"] and values["user_core"] is not None and values["item_core"] is not None:
+        raise UserError("--k_core does nothing beside --user_core and --item_core: leave it out.")
+    if values["title_column"] and values["source"] == "table" and not values["items"]:
+        raise UserError("--title_column does nothing without --items FILE: add that or leave it out.")
+    if not values["category"].strip():
+        raise UserError("--category is empty: say in a word what an item is.")
+
+
 def build(
-    source: SourceArguments, filters: FilterArguments, split: SplitArguments, output: OutputArguments, scratch: str
+    source: SourceArguments, filters: FilterArguments, split: SplitArguments, output: OutputArguments, scratch: Path
 ) -> tuple[DatasetDict, dict[str, Any]]:
     """The four splits and the card, without the audit."""
-    if source.source == "sequences":
-        dropped: Counter[str] = Counter()
-        dataset = import_sequences(_input(source), skip_bad_rows=source.skip_bad_rows, dropped=dropped)
+    kind, values = kind_of(source.source or ""), vars(source)
+    dropped: Counter[str] = Counter()
+    arguments = {name: values[flag] for flag, name in kind.parameters.items() if values[flag] is not None}
+    if kind.ready:
+        dataset = kind.read(**arguments, dropped=dropped)
         dataset[ITEMS] = to_dataset(item_text(dataset[ITEMS].to_polars(), output.item_fields, output.max_field_words))
-        name, facts, rule = f"sequences: {Path(_input(source)).name}", {}, "given"
+        name, facts, rule = f"{source.source}: {Path(source.input or '').name}", {}, "given"
     else:
-        rule, raw = split.split, read(source)
+        rule, raw = split.split, kind.read(**arguments)
         name, missing_title = raw.name, "id" if raw.items.is_empty() else filters.missing_title
         done = prepare(
             raw,
@@ -225,51 +281,11 @@ def build(
         "category_plural": output.category_plural or f"{output.category}s",
         "split_rule": rule,
         "synthetic": False,
-        "settings": {**vars(filters), **vars(split)} if source.source != "sequences" else {},
+        "settings": {} if kind.ready else {**vars(filters), **vars(split)},
         "facts": facts,
         "dropped": {cause: count for cause, count in dropped.items() if count},
     }
     return dataset, card
-
-
-def read(args: SourceArguments) -> Source:
-    """The raw source."""
-    if args.source == "amazon":
-        if not args.amazon_category:
-            raise UserError("--source amazon needs --amazon_category, such as Video_Games.")
-        with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bars:
-            tasks: dict[str, Any] = {}
-
-            def progress(name: str, done: int, total: int) -> None:
-                if name not in tasks:
-                    tasks[name] = bars.add_task(name, total=total or None)
-                bars.update(tasks[name], completed=done)
-
-            return import_amazon(
-                args.amazon_category,
-                args.input or "hub",
-                reviews=args.reviews,
-                download_dir=args.download_dir,
-                skip_bad_rows=args.skip_bad_rows,
-                progress=progress,
-            )
-    if args.source == "movielens":
-        return import_movielens(_input(args), skip_bad_rows=args.skip_bad_rows)
-    columns = {"user_column": args.user_column, "item_column": args.item_column, "rating_column": args.rating_column}
-    columns["time_column"] = args.time_column
-    if args.source == "recbole":
-        return import_recbole(
-            _input(args), **columns, title_column=args.title_column, skip_bad_rows=args.skip_bad_rows
-        )
-    return import_table(
-        _input(args),
-        args.items,
-        **columns,
-        split_column=args.split_column,
-        title_column=args.title_column or "title",
-        timestamp_unit=args.timestamp_unit,
-        skip_bad_rows=args.skip_bad_rows,
-    )
 
 
 def check(folder: str) -> None:
@@ -287,12 +303,6 @@ def show(audit: dict[str, Any], card: dict[str, Any]) -> None:
         console.print(table)
 
 
-def _input(args: SourceArguments) -> str:
-    if not args.input:
-        raise UserError(f"--source {args.source} needs --input.")
-    return args.input
-
-
 def _filters(args: FilterArguments) -> Filters:
     return Filters(
         min_rating=args.min_rating,
@@ -307,18 +317,22 @@ def _filters(args: FilterArguments) -> Filters:
     )
 
 
-def _published(
-    path: str | None, category: str | None, facts: dict[str, Any], dataset: DatasetDict
-) -> dict[str, dict[str, int]]:
-    """Published counts beside ours."""
+def _published(path: str | None, category: str | None) -> dict[str, int]:
+    """Published counts of a category: users and rows of the splits."""
     if path is None:
         return {}
-    published = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get(category)
-    if published is None:
+    try:
+        counts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = (counts or {}).get(category) or {}
+        wrong = [name for name, count in found.items() if not isinstance(count, int) or count < 1]
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--published_counts {path} cannot be read as counts by category ({cause}).") from error
+    if wrong:
+        raise UserError(f"--published_counts {path}: {wrong[0]!r} of {category} is no count.")
+    if not found:
         logger.warning("%s has no counts of %s to compare with.", path, category)
-        return {}
-    here = {"users": facts["users"], **{split: len(rows) for split, rows in dataset.items()}}
-    return {name: {"published": count, "here": here[name]} for name, count in published.items()}
+    return found
 
 
 if __name__ == "__main__":

@@ -101,8 +101,6 @@ ROOMS = (
 KNOWN = {
     "upward import": {
         "bundle.bundle > r2ec_trl",
-        "data.audit > policy.prompts",
-        "data.demo > policy.prompts",
     },
     "circle": set(),
     "private name": set(),
@@ -131,7 +129,6 @@ KNOWN = {
         "data.sources.table",
         "data.splits",
         "data.stable_hash",
-        "data.tables",
         "errors",
         "items.encoding",
         "moved",

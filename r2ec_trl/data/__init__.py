@@ -28,8 +28,8 @@ _HOMES = {
     "prepare": "pipeline",
     "audit_dataset": "audit",
     "check_folder": "audit",
-    "prompt_lengths": "audit",
     "cut_dataset": "cut",
+    "prompt_lengths": "..policy.prompt_lengths",  # its old name: a room above
 }
 __all__ = list(_HOMES)
 
@@ -37,4 +37,5 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    home = _HOMES[name]
+    return getattr(import_module(home if home.startswith(".") else f".{home}", __name__), name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from datasets import Dataset, DatasetDict
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.schema import ITEMS, SPLITS, arrow_batches, load_dataset_card, load_dataset_folder
 from r2ec_trl.data.stable_hash import mix
-from r2ec_trl.errors import UserError
 
 LENGTH_BUCKETS = (1, 2, 3, 5, 10, 20, 50, 100)
 # A breach of one of these is leakage: the split cannot be trusted.
@@ -128,51 +126,6 @@ def check_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str
         if sha256_of(arrow_batches(dataset[split])) != card.get("sha256", {}).get(split):
             faults.append(f"the rows of '{split}' are not those of the card's SHA-256")
     return audit, faults
-
-
-def prompt_lengths(dataset: DatasetDict, tokenizer_path: str, category: str, rows: int = 500) -> dict[str, Any]:
-    """
-    Token counts of whole prompts under a tokenizer: of `rows` evenly spaced rows of each split.
-
-    Args:
-        dataset ([`~datasets.DatasetDict`]):
-            The four splits.
-        tokenizer_path (`str`):
-            Folder or hub name of the tokenizer.
-        category (`str`):
-            The singular words of the card.
-        rows (`int`, *optional*, defaults to 500):
-            Rows of each split to count.
-    """
-    from transformers import AutoTokenizer
-
-    from r2ec_trl.policy.prompts import PromptConfig, Prompts
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer '{tokenizer_path}' cannot be loaded ({str(error).splitlines()[0]}).") from error
-    limits = PromptConfig()
-    whole = PromptConfig(category=category, max_prompt_length=1 << 30, max_item_length=1 << 30)
-    prompts = Prompts(tokenizer, whole, dataset[ITEMS])
-    result: dict[str, Any] = {"tokenizer": Path(tokenizer_path).name}
-    for split in (*SPLITS, ITEMS):
-        part = dataset[split]
-        chosen = np.unique(np.linspace(0, len(part) - 1, min(rows, len(part))).astype(int))
-        make = prompts.item_ids if split == ITEMS else prompts.user_ids
-        counts = np.array([len(make(part[int(index)])) for index in chosen])
-        limit = limits.max_item_length if split == ITEMS else limits.max_prompt_length
-        quantiles = {f"p{share}": int(np.quantile(counts, share / 100)) for share in (50, 90, 99)}
-        result[split] = {**quantiles, "max": int(counts.max()), "over_limit": float((counts > limit).mean())}
-        result[split]["histogram"] = _token_histogram(counts)
-    return result
-
-
-def _token_histogram(counts: np.ndarray) -> dict[str, int]:
-    edges = [0, *(64 << power for power in range(8))]
-    found = np.histogram(counts, bins=[*edges, max(int(counts.max()) + 1, edges[-1] + 1)])[0]
-    names = [f"<{edge}" for edge in edges[1:]] + [f">={edges[-1]}"]
-    return {name: int(count) for name, count in zip(names, found) if count}
 
 
 def _whole(rows: Dataset, column: str) -> pa.ChunkedArray:

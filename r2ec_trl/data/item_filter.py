@@ -61,7 +61,9 @@ def filter_items(
         markup=raw["title"].cast(pl.String).str.contains("<span id", literal=True),
         priced=_is_price(raw, rules),
     )
-    titled_first = checks.select("item_id", "title").with_row_index().sort(pl.col("title").is_null(), maintain_order=True)
+    titled_first = (
+        checks.select("item_id", "title").with_row_index().sort(pl.col("title").is_null(), maintain_order=True)
+    )
     kept = titled_first.unique("item_id", keep="first")["index"]
     first = pl.int_range(checks.height, eager=True).is_in(kept.implode())
     dropped["item listed again in the metadata"] += int((~first).sum())

@@ -8,9 +8,10 @@ catalogue.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +24,23 @@ from datasets import Dataset, DatasetDict
 
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.sources.jsonl import listing
+from r2ec_trl.data.sources.source import TOO_LATE
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import build_folder, write_json
 
 SPLITS = ("train", "validation", "test")
 ITEMS = "items"
 CARD = "dataset_card.json"
-CARD_KEYS = ("source", "category", "category_plural", "dropped", "split_rule", "synthetic")
+CARD_DIGEST = "card_sha256"
+CARD_KEYS: dict[str, type] = {
+    "source": str,
+    "category": str,
+    "category_plural": str,
+    "dropped": dict,
+    "split_rule": str,
+    "synthetic": bool,
+}
+_MORE_CARD_KEYS = dict.fromkeys(("counts", "sha256", "files", "facts", "settings", "published", "audit"), dict)
 
 _REQUIRED = {"user_id": "text", "history": "list of text", "target": "text"}
 _OPTIONAL = {
@@ -36,13 +48,15 @@ _OPTIONAL = {
     "history_timestamps": "list of whole seconds",
     "timestamp": "whole seconds",
 }
+_NO_TIME = "is no time in whole seconds"
 BATCH_ROWS = 500_000  # looked at together
 BLOCK_ROWS = 100_000  # of a record batch on disk
 
 
 def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:
     """
-    Load and validate a dataset folder.
+    Load and validate a dataset folder. Nothing outside it is read, nothing is written into it, and files that its card
+    knows the SHA-256 of are hashed before they are looked at.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -52,21 +66,61 @@ def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:
         [`~datasets.DatasetDict`]: `train`, `validation`, `test` and `items`, memory-mapped.
 
     Raises:
-        [`UserError`]: if the folder is not there, is of another kind, or breaks one of the rules above.
+        [`UserError`]: if the folder is not there, is damaged or of another kind, or breaks one of the rules above.
     """
-    if not os.path.isdir(path):
+    folder = Path(path)
+    if not folder.is_dir():
         raise UserError(f"There is no dataset folder at '{path}': prepare one with recipes/prepare_data.py.")
+    there = [split for split in (*SPLITS, ITEMS) if (folder / split).is_dir()]
+    if not there and (folder / "state.json").is_file():
+        raise UserError(f"'{path}' holds a single split; a dataset folder has {', '.join(SPLITS)} and {ITEMS}.")
     try:
-        dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        if not there:
+            raise FileNotFoundError(f"it has no folder '{SPLITS[0]}'")
+        _check_files(folder, load_dataset_card(path).get("files", {}) if (folder / CARD).exists() else {})
+        dataset = DatasetDict({split: _open_split(folder, split) for split in there})
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, pa.ArrowException) as error:
         raise UserError(
             f"'{path}' cannot be read as a dataset folder ({_first_line(error)}): prepare one with "
             "recipes/prepare_data.py."
         ) from error
-    if not isinstance(dataset, DatasetDict):
-        raise UserError(f"'{path}' holds a single split; a dataset folder has {', '.join(SPLITS)} and {ITEMS}.")
     validate_dataset(dataset, str(path))
     return dataset
+
+
+def _check_files(folder: Path, digests: dict[str, str]) -> None:
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        for name, digest in zip(digests, pool.map(lambda name: _digest(_inside(folder, name)), digests)):
+            if digest != digests[name]:
+                raise ValueError(f"{name} is damaged: its SHA-256 is not that of {CARD}")
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of a folder, whatever names and links say: its real path, or an error if that is elsewhere."""
+    real = Path(os.path.realpath(folder / name))
+    if not real.is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"it names {name!r}, which is outside the folder")
+    return real
+
+
+def _open_split(folder: Path, split: str) -> Dataset:
+    """As `datasets` does, but a table is validated in full before it is used, and no cache is put beside the data."""
+    state = json.loads(_inside(folder, f"{split}/state.json").read_text(encoding="utf-8"))
+    tables = []
+    for entry in state["_data_files"]:
+        with pa.memory_map(str(_inside(folder, os.path.join(split, entry["filename"])))) as file:
+            tables.append(pa.ipc.open_stream(file).read_all())
+        tables[-1].validate(full=True)
+    name = str(state.get("_fingerprint"))
+    table = pa.concat_tables(tables).replace_schema_metadata(None)
+    return Dataset(table, fingerprint=name if re.fullmatch("[0-9a-f]{8,64}", name) else split)
 
 
 def load_dataset_card(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -76,20 +130,30 @@ def load_dataset_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         card = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"'{path}' has no {CARD}: prepare the folder with recipes/prepare_data.py.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({_first_line(error)}): prepare the folder again.") from error
     if not isinstance(card, dict):
         raise UserError(f"{file} holds a {type(card).__name__}, not a table of keys: prepare the folder again.")
-    _require_card_keys(card, str(file))
+    _check_card(card, str(file))
+    digest = card.get(CARD_DIGEST)
+    if digest is not None and digest != _card_digest(card):
+        raise UserError(
+            f"{file} is damaged or was edited (its SHA-256 is another): prepare the folder again, or delete its line "
+            f"'{CARD_DIGEST}' if the change is yours."
+        )
     return card
+
+
+def _card_digest(card: dict[str, Any]) -> str:
+    """Of all but the digests of rows, which [`~r2ec_trl.data.audit.check_folder`] compares."""
+    text = json.dumps({key: card[key] for key in card if key not in (CARD_DIGEST, "sha256")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_dataset_folder(dataset: DatasetDict, path: str | os.PathLike[str], card: dict[str, Any]) -> None:
     """
-    Validate a dataset and write it as a dataset folder: all of it or nothing.
-
-    The folder is written under a temporary name and renamed at the end, so that an interrupted run leaves nothing
-    that looks finished. The same rows and card give the same bytes.
+    Validate a dataset and write it as a dataset folder: all of it or nothing, an interrupted run leaves no folder. The
+    same rows and card give the same bytes.
 
     Args:
         dataset ([`~datasets.DatasetDict`]):
@@ -97,32 +161,31 @@ def save_dataset_folder(dataset: DatasetDict, path: str | os.PathLike[str], card
         path (`str` or `os.PathLike`):
             Folder to create. An existing one is never overwritten.
         card (`dict`):
-            Must hold `source`, `category`, `category_plural`, `dropped`, `split_rule` and `synthetic`; `counts` and
-            `sha256` are filled in here.
+            Must hold `source`, `category`, `category_plural`, `dropped`, `split_rule` and `synthetic`; `counts`,
+            `sha256` (of the rows of each split), `files` (of each file) and the card's own are filled in here.
     """
-    target = Path(path)
-    refuse_to_overwrite(target)
-    _require_card_keys(card, "The dataset card")
-    temporary = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor() as pool:  # checking, hashing and writing all leave the interpreter free
-            checked = pool.submit(validate_dataset, dataset, str(path))
-            there = [split for split in (*SPLITS, ITEMS) if split in dataset]
-            hashed = {split: pool.submit(sha256_of, arrow_batches(dataset[split])) for split in there}
-            written = pool.submit(_write_splits, dataset, temporary)
-            checked.result()
-            written.result()
-            digests = {split: future.result() for split, future in hashed.items()}
-        _name_splits(temporary, digests)
-        counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in (*SPLITS, ITEMS)}}
-        text = json.dumps({**card, "counts": counts, "sha256": digests}, indent=2, ensure_ascii=False)
-        (temporary / CARD).write_text(text + "\n", encoding="utf-8")
-        os.rename(temporary, target)
-    except OSError as error:
-        raise UserError(f"The dataset folder '{path}' cannot be written ({_first_line(error)}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    refuse_to_overwrite(path)
+    with build_folder(path) as folder:
+        write_dataset(dataset, folder, card, str(path))
+
+
+def write_dataset(dataset: DatasetDict, folder: Path, card: dict[str, Any], name: str) -> None:
+    """[`save_dataset_folder`] into an existing folder; `name` is what sentences call the dataset."""
+    _check_card(card, "The dataset card")
+    with ThreadPoolExecutor() as pool:  # checking, hashing and writing all leave the interpreter free
+        checked = pool.submit(validate_dataset, dataset, name)
+        there = [split for split in (*SPLITS, ITEMS) if split in dataset]
+        hashed = {split: pool.submit(sha256_of, arrow_batches(dataset[split])) for split in there}
+        written = pool.submit(_write_splits, dataset, folder)
+        checked.result()
+        written.result()
+        digests = {split: future.result() for split, future in hashed.items()}
+        _name_splits(folder, digests)
+        files = sorted(str(file.relative_to(folder)) for split in there for file in (folder / split).iterdir())
+        of_files = dict(zip(files, pool.map(lambda file: _digest(folder / file), files)))
+    counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in there}}
+    whole = {**card, "counts": counts, "sha256": digests, "files": of_files}
+    write_json(folder / CARD, {**whole, CARD_DIGEST: _card_digest(json.loads(json.dumps(whole)))})
 
 
 def refuse_to_overwrite(path: str | os.PathLike[str]) -> None:
@@ -230,13 +293,24 @@ def _check_rows(rows: Dataset, catalogue: pa.Array, where: str) -> None:
             if column.startswith("history_"):
                 differs = pc.not_equal(pc.list_value_length(table[column]), lengths)
                 _raise_at(differs, start, where, f"has another number of {column} than of history items")
-                _check_inner(table, column, pc.is_null(pc.list_flatten(table[column])), start, where, "holds a null")
+                values = pc.list_flatten(table[column])
+                _check_inner(table, column, pc.is_null(values), start, where, "holds a null")
+                if column == "history_ratings":
+                    _check_inner(table, column, pc.invert(pc.is_finite(values)), start, where, "holds no number")
+                else:
+                    _check_inner(table, column, _is_no_time(values), start, where, _NO_TIME)
+            else:
+                _raise_at(_is_no_time(table[column]), start, where, f"has a {column} that {_NO_TIME}", table[column])
         _check_inner(table, "history", pc.is_null(pc.list_flatten(table["history"])), start, where, "holds a null")
         unknown = pc.invert(pc.is_in(pc.list_flatten(table["history"]).cast(pa.string()), value_set=catalogue))
         _check_inner(table, "history", unknown, start, where, "names an item that is not in the catalogue")
         unknown = pc.invert(pc.is_in(table["target"].cast(pa.string()), value_set=catalogue))
         _raise_at(unknown, start, where, "has a target that is not in the catalogue", table["target"])
         start += len(table)
+
+
+def _is_no_time(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.or_(pc.less(values, 0), pc.greater(values, TOO_LATE))
 
 
 def _check_inner(table: pa.Table, column: str, mask: pa.ChunkedArray, start: int, where: str, fault: str) -> None:
@@ -286,10 +360,13 @@ def _is_kind(found: pa.DataType, kind: str) -> bool:
     return pa.types.is_integer(found)
 
 
-def _require_card_keys(card: dict[str, Any], where: str) -> None:
+def _check_card(card: dict[str, Any], where: str) -> None:
     missing = [key for key in CARD_KEYS if key not in card]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}: a dataset card has {', '.join(CARD_KEYS)}.")
+    for key, kind in {**CARD_KEYS, **_MORE_CARD_KEYS}.items():
+        if key in card and not isinstance(card[key], kind):
+            raise UserError(f"{where}: '{key}' holds {card[key]!r:.60}, which is no {kind.__name__}: mend the card.")
 
 
 def _first_line(error: BaseException) -> str:

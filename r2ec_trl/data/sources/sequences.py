@@ -111,4 +111,4 @@ def _typed(
     return reject(rows, far, seconds, path, skipped, column).with_columns(value)
 
 
-KIND = Kind(import_sequences, "input=folder skip_bad_rows dropped", ready=True)
+KIND = Kind(import_sequences, "input=folder skip_bad_rows", ready=True)

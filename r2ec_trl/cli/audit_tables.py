@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
+from r2ec_trl.cli.terminal import printable
 from r2ec_trl.data.audit import LEAKS
 from r2ec_trl.data.schema import ITEMS, SPLITS
 
@@ -52,7 +54,8 @@ def audit_tables(audit: Mapping[str, Any], card: Mapping[str, Any]) -> Iterator[
 
 
 def _splits(audit: Mapping[str, Any], card: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{card.get('source', 'dataset')}, split {card.get('split_rule', '?')}", title_justify="left")
+    title = _text(f"{card.get('source', 'dataset')}, split {card.get('split_rule', '?')}")
+    table = Table(title=title, title_justify="left")
     table.add_column(f"{audit['users']:,} users")
     for split in SPLITS:
         table.add_column(split, justify="right")
@@ -76,7 +79,7 @@ def _leakage(audit: Mapping[str, Any]) -> Table:
     for cause, count in audit["leakage"].items():
         table.add_row(LEAKS[cause], _cell(count), "[bold red]LEAK[/]" if count else "[green]none[/]")
     for note, value in audit["notes"].items():
-        table.add_row(note.replace("_", " "), _cell(value), "note")
+        table.add_row(_text(note.replace("_", " ")), _cell(value), "note")
     return table
 
 
@@ -87,12 +90,14 @@ def _published(published: Mapping[str, Mapping[str, int]]) -> Table:
     for name, counts in published.items():
         difference = counts["here"] - counts["published"]
         share = difference / counts["published"]
-        table.add_row(name, _cell(counts["published"]), _cell(counts["here"]), f"{difference:+,} ({share:+.1%})")
+        table.add_row(
+            _text(name), _cell(counts["published"]), _cell(counts["here"]), f"{difference:+,} ({share:+.1%})"
+        )
     return table
 
 
 def _prompts(lengths: Mapping[str, Any]) -> Table:
-    table = Table(title=f"prompt tokens ({lengths['tokenizer']})", title_justify="left")
+    table = Table(title=_text(f"prompt tokens ({lengths['tokenizer']})"), title_justify="left")
     for name in ("split", "p50", "p90", "p99", "max", "over the limit", "histogram"):
         table.add_column(name, justify="left" if name in ("split", "histogram") else "right")
     for split in (*SPLITS, ITEMS):
@@ -108,7 +113,7 @@ def _pairs(title: str, pairs: Any) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, value in pairs:
-        table.add_row(str(name).replace("_", " "), _cell(value))
+        table.add_row(_text(str(name).replace("_", " ")), _cell(value))
     return table
 
 
@@ -125,4 +130,9 @@ def _cell(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+
+
+def _text(value: Any) -> str:
+    """Text of data: no terminal code, no markup."""
+    return escape(printable(value))
