@@ -5,9 +5,9 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from r2ec_trl.cli.audit_tables import audit_tables
 from r2ec_trl.data import audit_dataset, check_folder, save_dataset_folder
 from r2ec_trl.data.audit import LEAKS
-from r2ec_trl.cli.audit_tables import audit_tables
 
 ROWS = {
     "train": [("u", "ab", [1, 2], "c", 3), ("u", "abc", [1, 2, 3], "a", 4), ("v", "a", [5], "b", 6)],

@@ -232,14 +232,16 @@ def _fast(block: bytes, names: list[str], dialect: Dialect) -> pl.DataFrame | No
         if len(dialect.separator) > 1 and "\x1f" in text:
             return None
         block = text.replace(dialect.separator, "\x1f").encode() if len(dialect.separator) > 1 else text.encode()
-    block = block.replace(b"\r\n", b"\n")
+    block, separator = block.replace(b"\r\n", b"\n"), dialect.separator if len(dialect.separator) == 1 else "\x1f"
     if b"\r" in block or b"\n\n" in block or block.startswith((b"\n", b"\xef\xbb\xbf")):
         return None
+    if block[block.rfind(b"\n", 0, -1) + 1 :].count(separator.encode()) >= len(names):
+        return None  # polars takes one empty field too many at the end
     try:
         frame = pl.read_csv(
             io.BytesIO(block),
             has_header=False,
-            separator=dialect.separator if len(dialect.separator) == 1 else "\x1f",
+            separator=separator,
             quote_char=None,
             infer_schema=False,
             schema={name: pl.String for name in names},
