@@ -72,7 +72,7 @@ def make_tokenizer(items: Dataset, users: Dataset, vocab_size: int) -> PreTraine
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")  # it pads no text here
     wrapped.chat_template = CHAT_TEMPLATE
     prompts = Prompts(wrapped, DEMO_PROMPTS, items)
     turns = [prompts.user_messages(row) for row in users]
