@@ -7,16 +7,15 @@ Both folders hold the `ranks.parquet` that evaluate.py, recpo.py or contrastive.
 must be the same; what else differs in the protocols (settings, seed, versions) is listed. Hardware: any; seconds.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from rich.console import Console
+from rich import get_console
 
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.tables import comparison_table
-from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import compare_frames, differences, read_ranks
+from r2ec_trl.cli.terminal import say
+from r2ec_trl.evaluation.report import compare_frames, differences, finite, read_ranks
+from r2ec_trl.files import write_json
 from r2ec_trl.metrics import CUTOFFS
 
 
@@ -27,6 +26,7 @@ class CompareArguments:
     before: str = field(metadata={"help": "Folder of the first evaluation."})
     after: str = field(metadata={"help": "Folder of the second evaluation."})
     cutoffs: list[int] = field(default_factory=lambda: list(CUTOFFS), metadata={"help": "k of Hit, NDCG and MRR."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
     output: str | None = field(default=None, metadata={"help": "Also write the comparison to this JSON file."})
 
 
@@ -34,18 +34,12 @@ def main() -> None:
     (args,) = parse((CompareArguments,), description=__doc__)
     (before, before_protocol), (after, after_protocol) = read_ranks(args.before), read_ranks(args.after)
     protocols = differences(before_protocol, after_protocol)
-    comparison = compare_frames(before, after, args.cutoffs)
-    console = Console()
-    console.print(comparison_table(comparison))
+    comparison = compare_frames(before, after, args.cutoffs, args.seed)
+    get_console().print(comparison_table(comparison))
     for key, (one, other) in protocols.items():
-        console.print(f"{key}: {one} -> {other}", markup=False)
+        say(f"{key}: {one} -> {other}")
     if args.output is not None:
-        try:
-            Path(args.output).write_text(
-                json.dumps({**comparison, "protocol_differences": protocols}, indent=2) + "\n"
-            )
-        except OSError as error:
-            raise UserError(f"{args.output} cannot be written ({error.strerror}); choose another --output.") from error
+        write_json(args.output, finite({**comparison, "protocol_differences": protocols}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of, load_bundle, make_bundle
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
-from r2ec_trl.cli.run_end import first_rows, write_evaluation
+from r2ec_trl.cli.run_end import write_evaluation
+from r2ec_trl.cli.run_start import check_writable, first_rows
+from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows
 from r2ec_trl.policy.loading import PolicyArguments
@@ -46,6 +48,12 @@ class EvaluateArguments(BundleArguments):
         metadata={"help": f"One or more of {', '.join(REASONING_MODES)}; by default the bundle's own, or full."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of whose reasoning is swapped."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for mode in self.reasoning:
+            if mode not in REASONING_MODES:
+                raise UserError(f"`reasoning` is {mode!r}; give one or more of {', '.join(REASONING_MODES)}.")
 
 
 def reasonings(args: EvaluateArguments, bundle: Bundle, users: Dataset, accelerator: Accelerator) -> list[Rollout]:
@@ -68,11 +76,23 @@ def card_of_changed_catalogue(card: dict[str, Any], bundle: Bundle) -> dict[str,
 def main() -> None:
     args, policy_args = parse((EvaluateArguments, PolicyArguments), description=__doc__)
     accelerator = Accelerator()
+    start_logging(accelerator.is_main_process)
+    check_writable(args.output_dir)
+    if accelerator.is_main_process:
+        say(f"Reading {args.dataset} and {args.bundle or policy_args.adapter or policy_args.model_name_or_path}.")
+    with WorkDisplay(shown=accelerator.is_main_process):
+        evaluate(args, policy_args, accelerator)
+
+
+def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator: Accelerator) -> None:
+    """Every mode of reasoning on the users of the split, a report each."""
     unset_hf_deepspeed_config()  # a ZeRO-3 launch would share out the weights as they are loaded
     if args.engine == "vllm" and accelerator.num_processes > 1:
         raise UserError("--engine vllm evaluates in one process; launch with `python`, or leave it out.")
     dataset, card = load_dataset(args.dataset, args.output_dir)
     users = first_rows(dataset[args.split], args.max_eval_users)
+    if not len(users):
+        raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
     if args.bundle and bundle.meta["hashes"]["catalogue"] != card["sha256"]["items"]:
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)

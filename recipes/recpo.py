@@ -17,17 +17,16 @@ Hardware, run time and measured results of each config: recipes/README.md.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from rich import get_console
+from transformers import PrinterCallback, ProgressCallback
 
-from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
-from r2ec_trl.cli.learning_curve import LearningCurveCallback
+from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.live import RecPOProgressCallback
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.plan import make_plan
-from r2ec_trl.cli.run_end import finish_run, first_rows, start_logging
+from r2ec_trl.cli.run_end import train_and_finish
+from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_test, started
 from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
-from r2ec_trl.training.health import HealthCallback
 from r2ec_trl.training.recpo_config import RecPOConfig
 from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
@@ -35,7 +34,7 @@ DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 @dataclass
-class RecPOScriptArguments(DataArguments):
+class RecPOScriptArguments(RunArguments):
     """What this recipe adds to the trainer's settings."""
 
     reward_funcs: list[str] = field(
@@ -44,49 +43,43 @@ class RecPOScriptArguments(DataArguments):
             "help": "Rewards: fused, ndcg, hit, reciprocal_rank, target_probability, file.py:func, module:func."
         },
     )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better one (reference: 8)."}
-    )
-    max_test_users: int | None = field(default=None, metadata={"help": "Test on the first so many users only."})
-    report_before: bool = field(default=True, metadata={"help": "Also evaluate the start on the test split."})
     plan: bool = field(default=False, metadata={"help": "Print parameters, memory, steps and problems, then stop."})
 
 
 def main() -> None:
-    script_args, args, policy_args = parse(
+    run_args, args, policy_args = parse(
         (RecPOScriptArguments, RecPOConfig, PolicyArguments), description=__doc__, default_config=DEMO_CONFIG
     )
-    start_logging(args)
-    dataset, card = load_dataset(script_args.dataset, args.output_dir)
-    args.category = args.category or card["category"]
-    if script_args.plan:
+    if run_args.plan:
+        dataset, card = load_dataset(run_args.dataset, args.output_dir)
+        args.category = args.category or card["category"]
         if args.process_index == 0:
-            Console().print(make_plan(args, policy_args, dataset).render())
+            get_console().print(make_plan(args, policy_args, dataset).render())
         return
-    model, tokenizer = load_policy(policy_args, trainable=True, trust_remote_code=args.trust_remote_code)
-    callbacks = [HealthCallback(), LearningCurveCallback()]
-    if script_args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(script_args.early_stopping_patience))
-    trainer = RecPOTrainer(
-        model,
-        dataset["items"],
-        script_args.reward_funcs,
-        args,
-        dataset["train"],
-        dataset["validation"],
-        tokenizer,
-        peft_config=peft_config(policy_args),
-        callbacks=callbacks,
-    )
-    for plain in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(plain)
-    trainer.add_callback(RecPOProgressCallback(lambda: trainer.last_rollout_example))
-    test = first_rows(dataset["test"], script_args.max_test_users)
-    before = trainer.evaluate_frame(test) if script_args.report_before else None  # looked at when training is over
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    finish_run(trainer, dataset, card, test, before)
-    if trainer.use_vllm:
-        trainer.vllm_generation.close()
+    with started(run_args, args, policy_args):
+        dataset, card = load_dataset(run_args.dataset, args.output_dir)
+        test = rows_to_test(run_args, args, dataset)
+        args.category = args.category or card["category"]
+        model, tokenizer = load_policy(policy_args, trainable=True, trust_remote_code=args.trust_remote_code)
+        trainer = RecPOTrainer(
+            model,
+            dataset["items"],
+            run_args.reward_funcs,
+            args,
+            dataset["train"],
+            dataset["validation"],
+            tokenizer,
+            peft_config=peft_config(policy_args),
+            callbacks=callbacks_of(run_args),
+        )
+        for plain in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(plain)
+        trainer.add_callback(
+            RecPOProgressCallback(lambda: trainer.last_rollout_example, shown=run_args.shown_rollouts)
+        )
+        train_and_finish(trainer, dataset, card, test, run_args)
+        if trainer.use_vllm:
+            trainer.vllm_generation.close()
     trainer.accelerator.end_training()
 
 

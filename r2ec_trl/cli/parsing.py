@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
+from r2ec_trl.cli.terminal import printable
 from r2ec_trl.errors import UserError
 
 # How long another rank holds its sentence back: if rank 0 fails in the same way, the launcher ends this process first.
@@ -173,5 +174,5 @@ def run(main: Callable[[], Any]) -> None:
     if rank:
         time.sleep(OTHER_RANK_DELAY)
         sentence = f"[rank {rank}] {sentence}"
-    print(sentence, file=sys.stderr, flush=True)
+    print(printable(sentence), file=sys.stderr, flush=True)
     raise SystemExit(2) from cause

@@ -1,4 +1,4 @@
-"""How a run ends: the test split once, baselines beside it, everything written, the tables printed."""
+"""How a run goes on: the start evaluated, training, then the test split once, baselines beside it, all written."""
 
 import dataclasses
 import logging
@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 from datasets import Dataset, DatasetDict
+from rich import get_console
 from rich.console import Console, Group
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle.bundle import Bundle, save_bundle
 from r2ec_trl.cli.bundle_choice import BundleArguments
+from r2ec_trl.cli.run_start import RunArguments
 from r2ec_trl.cli.tables import cold_table, report_table, run_table
+from r2ec_trl.cli.terminal import printable
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
 from r2ec_trl.evaluation.baselines import item_to_item, popularity
 from r2ec_trl.evaluation.report import cold_report, compare_frames, protocol, report, write_report
@@ -28,19 +30,6 @@ from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 
 logger = logging.getLogger(__name__)
-
-NUM_EXAMPLES = 2  # users whose reasoning is shown before and after
-
-
-def start_logging(args: Any) -> None:
-    """Warnings through rich, on the main process only."""
-    level = logging.WARNING if args.process_index == 0 else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
-
-
-def first_rows(dataset: Dataset, count: int | None) -> Dataset:
-    """The first `count` rows, or all."""
-    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
 def baseline_ranks(dataset: DatasetDict, test: Dataset, synthetic: bool) -> dict[str, tuple[Any, Any]]:
@@ -73,12 +62,38 @@ def reasoning_shares(frame: pl.DataFrame, test: Dataset) -> dict[str, float]:
     return shares
 
 
+def train_and_finish(
+    trainer: GreedyEvaluation, dataset: DatasetDict, card: Mapping[str, Any], test: Dataset, run_args: RunArguments
+) -> None:
+    """
+    Evaluate the start on the test rows, to be looked at when training is over, train, and [`finish_run`]. What the
+    start reached is on disk before training begins.
+    """
+    before = None
+    if run_args.report_before:
+        before = trainer.evaluate_frame(test)
+        if trainer.accelerator.is_main_process:
+            _write_before(trainer, card, test, before)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    finish_run(trainer, dataset, card, test, before, run_args.shown_rollouts)
+
+
+def _write_before(
+    trainer: GreedyEvaluation, card: Mapping[str, Any], test: Dataset, before: pl.DataFrame
+) -> dict[str, Any]:
+    facts = _facts(trainer, card)
+    result = {**report(before, {}, facts, seed=facts["seed"]), **_extras(before, test)}
+    write_report(Path(trainer.args.output_dir) / "before", result, before)
+    return result
+
+
 def finish_run(
     trainer: GreedyEvaluation,
     dataset: DatasetDict,
     card: Mapping[str, Any],
     test: Dataset,
     before: pl.DataFrame | None,
+    num_examples: int = 2,
 ) -> None:
     """
     Save the trained policy and its bundle, evaluate the bundle on the test rows, write the figures and print them.
@@ -92,6 +107,8 @@ def finish_run(
             The test rows.
         before (`polars.DataFrame`, *optional*):
             The same rows evaluated before training.
+        num_examples (`int`, *optional*, defaults to 2):
+            Users whose reasoning is shown before and after.
     """
     folder = Path(trainer.args.output_dir)
     main = trainer.accelerator.is_main_process
@@ -115,8 +132,7 @@ def finish_run(
     facts = _facts(trainer, card)
     result: dict[str, Any] = {"protocol": facts}
     if main and before is not None:
-        result["before"] = {**report(before, {}, facts), **_extras(before, test)}
-        write_report(folder / "before", result["before"], before)
+        result["before"] = _write_before(trainer, card, test, before)
     trainer.accelerator.wait_for_everyone()
     try:
         after = evaluate_bundle(trainer, folder / "bundle", test)
@@ -126,10 +142,11 @@ def finish_run(
         )
         raise
     if main:
+        write_report(folder, result, after)  # whatever fails from here on, the ranks are kept
         result |= _result(trainer, dataset, card, test, before, after, facts)
-        bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
         write_report(folder, result, after)
-        _print(Console(), result, dataset, test, before, after)
+        bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
+        _print(get_console(), result, dataset, test, before, after, num_examples)
 
 
 def _bundle_protocol(trainer: GreedyEvaluation) -> dict[str, Any]:
@@ -187,9 +204,9 @@ def _result(
     """What `metrics.json` of a training run holds besides the protocol and `before`."""
     args: Any = trainer.args
     baselines = baseline_ranks(dataset, test, card["synthetic"])
-    result: dict[str, Any] = {"after": {**report(after, baselines, facts), **_extras(after, test)}}
+    result: dict[str, Any] = {"after": {**report(after, baselines, facts, seed=args.seed), **_extras(after, test)}}
     if before is not None:
-        result["difference"] = compare_frames(before, after)
+        result["difference"] = compare_frames(before, after, seed=args.seed)
     result["training"] = {
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
@@ -216,11 +233,12 @@ def write_evaluation(
 ) -> None:
     """Write and print what recipes/evaluate.py measured: one report of one reasoning mode."""
     facts = protocol(card, settings, seed, split)
+    write_report(folder, {"protocol": facts}, frame)  # whatever fails from here on, the ranks are kept
     baselines = baseline_ranks(dataset, test, card["synthetic"])
     result = {**report(frame, baselines, facts, seed=seed), **_extras(frame, test)}
     result["cold_targets"] = cold_report(frame, cold_targets(dataset["train"], test), seed=seed)
     write_report(folder, result, frame)
-    console = Console()
+    console = get_console()
     console.print(f"[bold]reasoning: {settings['reasoning']}[/bold]", result["reasoning"])
     console.print(report_table(result))
     console.print(cold_table(result["cold_targets"]))
@@ -233,10 +251,11 @@ def _print(
     test: Dataset,
     before: pl.DataFrame | None,
     after: pl.DataFrame,
+    num_examples: int,
 ) -> None:
     titles = dict(zip(dataset["items"]["item_id"], dataset["items"]["title"], strict=True))
     if before is not None:
-        for row in range(min(NUM_EXAMPLES, len(test))):
+        for row in range(min(num_examples, len(test))):
             console.print(_example(test[row], before.row(row, named=True), after.row(row, named=True), titles))
     console.print(run_table(result))
     for name in ("before", "after"):
@@ -249,9 +268,13 @@ def _example(
     user: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str]
 ) -> Panel:
     """One user's purchases, and the reasoning with its first item and the target's rank, before and after."""
-    lines = [f"[dim]bought[/dim] {escape(' | '.join(titles[item] for item in user['history']))}"]
-    lines.append(f"[dim]next  [/dim] {escape(titles[user['target']])}")
+
+    def text(words: Any) -> str:
+        return escape(printable(words))
+
+    lines = [f"[dim]bought[/dim] {text(' | '.join(titles[item] for item in user['history']))}"]
+    lines.append(f"[dim]next  [/dim] {text(titles[user['target']])}")
     for name, row in (("before", before), ("after ", after)):
-        lines.append(f"[bold]{name}[/bold] {escape(' '.join(row['reasoning'].split()))}")
-        lines.append(f"       first: {escape(titles[row['top_item_ids'][0]])}; the target is at rank {row['rank']}")
-    return Panel(Group(*lines), title=escape(str(user["user_id"])), title_align="left")
+        lines.append(f"[bold]{name}[/bold] {text(' '.join(row['reasoning'].split()))}")
+        lines.append(f"       first: {text(titles[row['top_item_ids'][0]])}; the target is at rank {row['rank']}")
+    return Panel(Group(*lines), title=text(user["user_id"]), title_align="left")

@@ -1,0 +1,118 @@
+"""How a training run starts: what both recipes take, what is refused before anything is trained, the first line."""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from r2ec_trl.bundle.format import META_FILE
+from r2ec_trl.cli.dataset_choice import DataArguments
+from r2ec_trl.cli.learning_curve import LearningCurveCallback
+from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
+from r2ec_trl.errors import UserError
+from r2ec_trl.files import explained
+from r2ec_trl.training.health import HealthCallback
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """What a training recipe adds to the trainer's settings."""
+
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better one (reference: 8)."}
+    )
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "Stop training after so many seconds, to compare at equal time."}
+    )
+    max_test_users: int | None = field(default=None, metadata={"help": "Test on the first so many users only."})
+    report_before: bool = field(default=True, metadata={"help": "Also evaluate the start on the test split."})
+    shown_rollouts: int = field(
+        default=2, metadata={"help": "Newest rollouts shown while training, and test users shown at the end."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("early_stopping_patience", "max_test_users", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"`{name}` is {value}; give a number above 0, or leave it out.")
+        if self.shown_rollouts < 0:
+            raise UserError(f"`shown_rollouts` is {self.shown_rollouts}; give 0 or more.")
+
+
+class TimeLimitCallback(TrainerCallback):
+    """Ends training at the first step after `seconds`, evaluation and saving included."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.perf_counter() - self.start > self.seconds
+
+
+@contextmanager
+def started(run_args: RunArguments, args: Any, policy_args: Any) -> Iterator[None]:
+    """
+    A training run from its first line on: warnings and long work are shown by the main process alone, and what would
+    only fail when all the training is done is refused.
+
+    Raises:
+        [`UserError`]: when the output folder cannot be written, or its `bundle` is something else.
+    """
+    main = args.process_index == 0
+    start_logging(main)
+    folder = check_writable(args.output_dir)
+    bundle = folder / "bundle"
+    if bundle.exists() and not (bundle / META_FILE).is_file() and (not bundle.is_dir() or any(bundle.iterdir())):
+        raise UserError(
+            f"{str(bundle)!r} exists and is no bundle, so none could be saved; choose another --output_dir."
+        )
+    if run_args.early_stopping_patience is not None and args.eval_strategy == "no":
+        raise UserError("--early_stopping_patience counts evaluations and there are none; add --eval_strategy steps.")
+    if main:
+        first = "the start is evaluated on the test split, then it trains" if run_args.report_before else "it trains"
+        say(f"Reading {run_args.dataset} and {policy_args.model_name_or_path}; first {first}. Output: {folder}")
+    with WorkDisplay(shown=main):
+        yield
+
+
+def check_writable(folder: str | os.PathLike) -> Path:
+    """The folder of the results, made if it is not there; [`UserError`] where nothing can be written into it."""
+    with explained(folder):
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+
+
+def rows_to_test(run_args: RunArguments, args: Any, dataset: DatasetDict) -> Dataset:
+    """The test rows of a run; [`UserError`] where a split that it will need is empty."""
+    needed = ["test", "validation"] if args.eval_strategy != "no" else ["test"]
+    for split in needed:
+        if not len(dataset[split]):
+            raise UserError(f"The {split} split of {run_args.dataset} has no rows; prepare the data with some.")
+    return first_rows(dataset["test"], run_args.max_test_users)
+
+
+def first_rows(dataset: Dataset, count: int | None) -> Dataset:
+    """The first `count` rows, or all."""
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def callbacks_of(run_args: RunArguments) -> list[TrainerCallback]:
+    """Health warnings, the learning curve, and what ends a run early."""
+    callbacks = [HealthCallback(), LearningCurveCallback()]
+    if run_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
+    if run_args.max_seconds is not None:
+        callbacks.append(TimeLimitCallback(run_args.max_seconds))
+    return callbacks
