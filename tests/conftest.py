@@ -2,7 +2,10 @@
 
 import functools
 import os
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -320,3 +323,17 @@ def changing(own):
     server = Served(own, body_seconds=0.5, max_body=4096)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """`launch("recpo", *words, out=folder, patch={})` runs a recipe in this process, some of its names replaced."""
+
+    def call(recipe, *words, out, patch=None):
+        main = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / f"{recipe}.py"))["main"]
+        main.__globals__.update(patch or {})
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--output_dir", str(out), *map(str, words)])
+            main()
+
+    return call

@@ -8,9 +8,7 @@ import re
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
-from r2ec_trl.cli.tables import comparison_table, report_table
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import report as report_module
 from r2ec_trl.evaluation.report import (
@@ -89,7 +87,6 @@ def test_sentences_say_how_many_draws_there_are():
     for function in (bootstrap_interval, paired_bootstrap):
         defaults = inspect.signature(function).parameters
         assert (defaults["level"].default, defaults["resamples"].default) == (LEVEL, RESAMPLES)
-    assert "95 % bootstrap interval" in text_of(report_table(report(frame(), {}, made())))
 
 
 def test_ranks_of_another_length_are_refused():
@@ -243,18 +240,3 @@ def test_a_comparison_draws_users_with_all_their_rows_and_by_its_seed():
 def test_other_rows_are_refused(other):
     with pytest.raises(UserError, match="not of the same users and targets"):
         compare_frames(frame(), other)
-
-
-def text_of(table):
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))
-    console.print(table)
-    return console.export_text()
-
-
-def test_tables_show_every_figure():
-    result = report(frame(), {"item_to_item": ([9, 9, 9, 9], [9, 9, 9, 9])}, made(), ks=[2])
-    text = text_of(report_table(result))
-    assert "4 rows of 3 users" in text and "item to item" in text and "NDCG@2" in text
-    assert "0.5000 [" in text and "0.0000 [0.0000, 0.0000]" in text
-    text = text_of(comparison_table(compare_frames(frame(), frame(rank=(1, 1, 1, 10)), ks=[1])))
-    assert "+0.5000 [" in text and "+0.0000 [+0.0000, +0.0000]" in text

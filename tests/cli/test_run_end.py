@@ -1,0 +1,65 @@
+"""The start is measured first, and ranks are on disk before anything that may still fail."""
+
+import json
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+from datasets import DatasetDict
+from rich import get_console
+from transformers import AutoModelForCausalLM
+
+from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.cli import run_end
+from r2ec_trl.cli.run_end import finish_run
+from r2ec_trl.cli.run_start import RunArguments
+from r2ec_trl.data.schema import load_dataset_card
+from r2ec_trl.evaluation.report import compare_frames, read_ranks, report
+
+
+def test_the_start_is_measured_before_training_and_a_run_goes_on_where_it_is_told(tmp_path, monkeypatch):
+    calls = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(resume_from_checkpoint="latest", output_dir=str(tmp_path)),
+        accelerator=SimpleNamespace(is_main_process=True),
+        evaluate_frame=lambda rows: calls.append(("evaluate", rows)) or "before",
+        train=lambda resume_from_checkpoint: calls.append(("train", resume_from_checkpoint)),
+    )
+    monkeypatch.setattr(run_end, "_write_before", lambda *_: calls.append("written"))
+    monkeypatch.setattr(run_end, "finish_run", lambda *args: calls.append(args[3:]))
+    run_end.train_and_finish(trainer, {}, {}, "rows", RunArguments(shown_rollouts=3))
+    assert calls == [("evaluate", "rows"), "written", ("train", "latest"), ("rows", "before", 3)]
+
+
+def test_the_ranks_are_kept_whatever_fails_later(written, shop_folder, tmp_path, monkeypatch, launch):
+    def fail(*_, **__):
+        raise RuntimeError("baselines")
+
+    monkeypatch.setattr(run_end, "baseline_ranks", fail)
+    with pytest.raises(RuntimeError, match="baselines"):
+        launch("evaluate", "--bundle", written, "--dataset", shop_folder, out=tmp_path)
+    assert read_ranks(tmp_path)[0].height == 10 and (tmp_path / "metrics.json").is_file()
+
+
+def test_a_run_keeps_its_ranks_and_titles_steer_no_terminal(
+    make_trainer, tiny_model_folder, shop, shop_folder, tmp_path, monkeypatch, capsys
+):
+    """The bundle is gone when its figures are recorded: `ranks.parquet` and `metrics.json` stand all the same."""
+    hostile = shop["items"].map(lambda item: {"title": item["title"] + " \x1b[2J\x9b"})
+    data = DatasetDict({**shop, "items": hostile})
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
+    trainer = make_trainer(model=model, output_dir=str(tmp_path), seed=4)
+    before = trainer.evaluate_frame(shop["test"])
+    result = {"after": {**report(before, {}, {}), "reasoning": {}}}
+    run_end._print(get_console(), result, data, shop["test"], before, before, 3)
+    text = capsys.readouterr().out
+    assert not {"\x1b", "\x9b"} & set(text) and "\\x1b[2J" in text and text.count("bought") == 3
+    before = before.with_columns(rank=pl.Series(range(1, 11)))
+    monkeypatch.setattr(Bundle, "record_metrics", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finish_run(trainer, shop, load_dataset_card(shop_folder), shop["test"], before)
+    frame, protocol = read_ranks(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert protocol["seed"] == 4 and frame.height == 10 and metrics["difference"]["unmasked"]["hit@5"]
+    again = compare_frames(read_ranks(tmp_path / "before")[0], frame, seed=4)
+    assert metrics["difference"] == again != compare_frames(before, frame, seed=0)

@@ -1,0 +1,62 @@
+"""What would only fail when all the training is done is refused before anything is loaded."""
+
+import pytest
+from transformers import EarlyStoppingCallback
+
+from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.cli.run_start import RunArguments, callbacks_of
+from r2ec_trl.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max_test_users", "0"], "`max_test_users` is 0"),
+        (["--early_stopping_patience", "0"], "`early_stopping_patience` is 0"),
+        (["--max_seconds", "nan"], "`max_seconds` is nan"),
+        (["--max_seconds", "inf"], "`max_seconds` is inf"),
+        (["--shown_rollouts", "-1"], "`shown_rollouts` is -1"),
+        (["--early_stopping_patience", "2"], "add --eval_strategy steps"),
+        (["--output_dir", "{foreign}"], "exists and is no bundle"),
+        (["--output_dir", "{file}"], "cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["recpo", "contrastive"])
+def test_what_would_fail_late_is_refused_first(recipe, words, sentence, shop_folder, tmp_path, launch):
+    (tmp_path / "foreign" / "bundle").mkdir(parents=True)
+    (tmp_path / "foreign" / "bundle" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    words = [word.format(foreign=tmp_path / "foreign", file=tmp_path / "file") for word in words]
+    words += ["--config", tmp_path / "empty.yaml"] if recipe == "recpo" else []
+
+    def untouched(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    with pytest.raises(UserError, match=sentence):
+        base = ["--dataset", shop_folder, "--model_name_or_path", "x", "--report_to", "none", "--use_cpu"]
+        launch(recipe, *base, *words, out=tmp_path / "out", patch={"load_policy": untouched})
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max_eval_users", "0"], "max_eval_users|gives no rows"),
+        (["--reasoning", "full", "half"], "`reasoning` is 'half'"),
+        (["--output_dir", "{file}"], "cannot be written"),
+    ],
+)
+def test_evaluate_refuses_first(words, sentence, written, shop_folder, tmp_path, monkeypatch, launch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Bundle, "load", lambda *_, **__: pytest.fail("the bundle was loaded"))
+    words = [word.format(file=tmp_path / "file") for word in words]
+    with pytest.raises(UserError, match=sentence):
+        launch("evaluate", "--bundle", written, "--dataset", shop_folder, *words, out=tmp_path / "out")
+
+
+def test_patience_counts_evaluations():
+    (found,) = [
+        one for one in callbacks_of(RunArguments(early_stopping_patience=3)) if isinstance(one, EarlyStoppingCallback)
+    ]
+    assert found.early_stopping_patience == 3
+    assert not [one for one in callbacks_of(RunArguments()) if isinstance(one, EarlyStoppingCallback)]

@@ -1,0 +1,303 @@
+"""
+Every flag of recpo, contrastive, evaluate and compare changes something. The recipes run in this process on a tiny
+model; `FLAGS` names the test in which each flag of ours does (TRL's own flags are the options table's, tests/policy).
+"""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+from trl import GRPOConfig, ModelConfig
+
+from r2ec_trl import progress
+from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments, make_bundle
+from r2ec_trl.cli.parsing import parse
+from r2ec_trl.cli.run_start import RunArguments
+from r2ec_trl.data.schema import load_dataset_card, load_dataset_folder
+from r2ec_trl.evaluation.report import read_ranks
+from r2ec_trl.policy.loading import PolicyArguments
+from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
+from r2ec_trl.training.recpo_config import RecPOConfig
+
+ROOT = Path(__file__).parents[1]
+HERE, TRAINER, CONFIG = "test_flags.py", "training/test_recpo_trainer.py", "training/test_recpo_config.py"
+FLAGS = {
+    **dict.fromkeys(["dataset", "category"], (HERE, "test_rows_and_category_of_a_run")),
+    **dict.fromkeys(["report_before", "max_test_users"], (HERE, "test_contrastive_recipe")),
+    **dict.fromkeys(["early_stopping_patience", "shown_rollouts"], (HERE, "test_recpo_recipe")),
+    **dict.fromkeys(["reward_funcs", "adapter", "max_seconds"], (HERE, "test_recpo_recipe")),
+    "plan": ("cli/test_plan.py", "test_the_recipe_plans_without_loading_the_model"),
+    "selection_mask": ("cli/test_live.py", "test_the_mask_that_selects_is_the_one_that_is_shown"),
+    **dict.fromkeys(["split", "max_eval_users", "seed", "reasoning", "bundle"], (HERE, "test_evaluate_recipe")),
+    **dict.fromkeys(["output_dir", "max_completion_length"], (HERE, "test_evaluate_recipe")),
+    **dict.fromkeys(["device", "trust_remote_code"], (HERE, "test_what_a_bundle_is_loaded_with")),
+    "bf16": (HERE, "test_scoring_flags"),
+    "engine": ("vllm_backend/test_engine.py", ""),
+    **dict.fromkeys(["before", "after", "cutoffs", "output"], ("test_compare.py", "test_two_folders")),
+    **dict.fromkeys(["reward_mix", "reward_cutoff"], ("test_rewards.py", "")),
+    **dict.fromkeys(["advantage", "item_coef", "item_negatives", "item_credit"], ("training/test_objective.py", "")),
+    "token_coef": (TRAINER, ""),
+    **dict.fromkeys(["item_gradient", "table_refresh_budget", "watch_steps"], (TRAINER, "")),
+    "mask_history": (TRAINER, ""),
+    "slice_table": ("test_distributed.py", ""),
+    **dict.fromkeys(["chat_template_kwargs", "prompt_date"], ("policy/test_chat.py", "")),
+    "shared_prompt": ("policy/test_shared_prompt.py", ""),
+    "forward_token_budget": (HERE, "test_the_forward_budget_makes_the_batches"),
+    **dict.fromkeys(["vllm_lora_sync", "vllm_lora_folder"], ("vllm_backend/test_sync.py", "")),
+}
+# A changed value of each flag that prompts and scores obey, and what else must be said with it
+PROMPT_FLAGS = {
+    "category": ["gadget"],
+    "marker": ["<next>"],
+    "closing": ["</next>"],
+    "user_template": ["{history} Now {category}?"],
+    "item_template": ["Look: {fields}"],
+    "item_fields": ["title", "brand"],
+    "field_words": ["2"],
+    "max_history_items": ["1"],
+    "max_prompt_length": ["300"],
+    "max_item_length": ["90"],
+    "prompt_preset": ["reference"],
+    "use_ratings": ["false"],
+    "use_times": ["false"],
+}
+SCORING_FLAGS = {
+    "similarity": ["dot"],
+    "item_temperature": ["0.5"],
+    "max_completion_length": ["3"],
+    "bf16": ["true"],
+}
+
+
+def flags_of(*kinds, without=()):
+    names = {one.name for kind in kinds for one in dataclasses.fields(kind)}
+    return names - {one.name for kind in without for one in dataclasses.fields(kind)}
+
+
+def recipe_of(name):
+    return runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+
+
+def test_every_flag_of_ours_has_a_test():
+    evaluate, compare = recipe_of("evaluate")["EvaluateArguments"], recipe_of("compare")["CompareArguments"]
+    ours = flags_of(RunArguments, recipe_of("recpo")["RecPOScriptArguments"], evaluate, compare)
+    ours |= flags_of(RecPOConfig, without=[GRPOConfig]) | flags_of(ContrastiveConfig, without=[TrainingArguments])
+    ours |= flags_of(PolicyArguments, without=[ModelConfig])
+    named = {**dict.fromkeys(PROMPT_FLAGS, (HERE, "test_prompt_flags")), **FLAGS}
+    named = {**dict.fromkeys(SCORING_FLAGS, (HERE, "test_scoring_flags")), **named}
+    assert ours == ours & set(named), f"no test in which they change something: {sorted(ours - set(named))}"
+    for flag, (file, test) in named.items():
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert flag in text and (f"def {test}(" in text or not test), f"{flag}: {file} has no {test}"
+
+
+# ------------------------------------------------------------------ prompts and scores
+def bundle_of(words, folder, model):
+    args, policy = parse(
+        (BundleArguments, PolicyArguments),
+        args=["--model_name_or_path", str(model), "--max_completion_length", "4", *words],
+    )
+    return make_bundle(args, policy, load_dataset_folder(folder), load_dataset_card(folder))
+
+
+@pytest.mark.parametrize("flag", PROMPT_FLAGS)
+def test_prompt_flags(flag, shop_folder, chat_tokenizer):
+    """What the model reads of some user or item is another text."""
+    data = load_dataset_folder(shop_folder)
+    data["items"] = data["items"].add_column("average_rating", [4.5] * 40)
+
+    def read(*words):
+        (args,) = parse((BundleArguments,), args=list(words))
+        prompts = Prompts(chat_tokenizer, args.prompt_config(), data["items"])
+        return [prompts.user_ids(user) for user in data["test"]] + list(prompts.catalogue_ids(data["items"]))
+
+    assert read() == read()
+    assert read() != read(f"--{flag}", *PROMPT_FLAGS[flag])
+
+
+@pytest.fixture(scope="module")
+def plain_frame(shop_folder, tiny_model_folder):
+    return bundle_of([], shop_folder, tiny_model_folder("llama")).evaluate(load_dataset_folder(shop_folder)["test"])
+
+
+@pytest.mark.parametrize("flag", SCORING_FLAGS)
+def test_scoring_flags(flag, shop_folder, tiny_model_folder, plain_frame):
+    bundle = bundle_of([f"--{flag}", *SCORING_FLAGS[flag]], shop_folder, tiny_model_folder("llama"))
+    frame = bundle.evaluate(load_dataset_folder(shop_folder)["test"])
+    assert not frame["logprob"].equals(plain_frame["logprob"])
+    if flag == "max_completion_length":
+        assert max(frame["reasoning_tokens"]) == 3
+
+
+def test_the_forward_budget_makes_the_batches(shop_folder, tiny_model_folder):
+    """40 item prompts of about 90 tokens: a forward each under a budget of 100."""
+    seen = []
+    progress.watch(note := lambda what, done, total: seen.append(done))
+    try:
+        for words in ([], ["--forward_token_budget", "100"]):
+            seen.clear()
+            bundle_of(words, shop_folder, tiny_model_folder("llama"))
+            assert len(seen) == (41 if words else 2)
+    finally:
+        progress.unwatch(note)
+
+
+def test_what_a_bundle_is_loaded_with(launch, written, shop_folder, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Bundle, "load", lambda *args, **kwargs: seen.update(args=args, **kwargs) or 1 / 0)
+    for words, device, trust in (([], "cpu", False), (["--device", "meta", "--trust_remote_code"], "meta", True)):
+        with pytest.raises(ZeroDivisionError):
+            launch("evaluate", "--bundle", written, "--dataset", shop_folder, *words, out=tmp_path)
+        assert (seen["args"][2], seen["trust_remote_code"]) == (device, trust)
+
+
+# ------------------------------------------------------------------------- the recipes
+class Seen(Exception):
+    """A trainer that is only looked at."""
+
+    def __init__(self, *args, **kwargs):
+        self.given = [*args, kwargs]
+        raise self
+
+
+SHORT = "--max_steps 3 --report_to none --use_cpu --save_strategy no --logging_steps 1 --warmup_steps 0".split()
+SHORT += ["--user_template", "Bought: {history} Next?", "--item_template", "{fields}", "--item_fields", "title"]
+LORA = "--use_peft --lora_r 4 --lora_target_modules q_proj v_proj".split()
+RECPO = [
+    *"--per_device_train_batch_size 8 --num_generations 4 --max_completion_length 4 --item_temperature 0.2".split(),
+    *["--config", ""],
+]
+
+
+@pytest.mark.parametrize("recipe", ["recpo", "contrastive"])
+@pytest.mark.parametrize("words", [[], ["--category", "gadget"]])
+def test_rows_and_category_of_a_run(launch, recipe, words, shop, shop_folder, tiny_model_folder, tmp_path):
+    """Trains on the train split and validates on the validation split, never on the test split."""
+    patch = {"RecPOTrainer": Seen, "ContrastiveTrainer": Seen}
+    base = ["--dataset", shop_folder, "--model_name_or_path", tiny_model_folder("llama"), *SHORT, *words]
+    if recipe == "recpo":
+        (tmp_path / "empty.yaml").write_text("{}\n")
+        base += ["--config", tmp_path / "empty.yaml"]
+    with pytest.raises(Seen) as seen:
+        launch(recipe, *base, out=tmp_path, patch=patch)
+    _, items, *rest, _ = seen.value.given
+    args, train, validation, _ = rest[-4:]
+    for rows, split in ((items, "items"), (train, "train"), (validation, "validation")):
+        key = "item_id" if split == "items" else "user_id"
+        assert rows[key][:] == shop[split][key][:], split
+    assert args.category == (words[1] if words else "instrument part")
+
+
+@pytest.fixture(scope="module")
+def warm(launch, shop_folder, tiny_model_folder, tmp_path_factory):
+    """A contrastive run of three steps with an adapter."""
+    out = tmp_path_factory.mktemp("warm")
+    words = ["--dataset", shop_folder, "--model_name_or_path", tiny_model_folder("llama"), *SHORT, *LORA]
+    words += "--per_device_train_batch_size 8 --learning_rate 3e-2 --item_temperature 0.2 --seed 5".split()
+    launch("contrastive", *words, "--max_test_users", 6, "--eval_strategy", "no", out=out)
+    return out
+
+
+def mean(frame, metric, column="rank"):
+    return float((frame[column] <= int(metric.split("@")[1])).cast(pl.Float64).mean())
+
+
+def test_contrastive_recipe(launch, warm, shop, shop_folder, tiny_model_folder, tmp_path):
+    """
+    `max_test_users` 6 of 10 rows; the start was measured before training (equal to evaluate.py on the start), and
+    after - before is after minus before.
+    """
+    metrics = json.loads((warm / "metrics.json").read_text())
+    (before, _), (after, protocol) = read_ranks(warm / "before"), read_ranks(warm)
+    assert after["user_id"].to_list() == shop["test"]["user_id"][:6] and metrics["training"]["steps"] == 3
+    assert protocol["settings"]["reasoning"] == "none" and set(after["reasoning_tokens"]) == {0}
+    assert protocol["seed"] == 5 and not before["rank"].equals(after["rank"])
+    for name, column in {"unmasked": "rank", "masked": "rank_masked"}.items():
+        change = metrics["difference"][name]["hit@5"]
+        assert change["before"] == pytest.approx(mean(before, "hit@5", column))
+        assert change["after"] == pytest.approx(mean(after, "hit@5", column))
+        assert change["difference"] == pytest.approx(change["after"] - change["before"])
+    words = ["--dataset", shop_folder, "--model_name_or_path", tiny_model_folder("llama"), "--reasoning", "none"]
+    words += ["--max_eval_users", 6, "--item_temperature", 0.2, *SHORT[-6:]]
+    launch("evaluate", *words, out=tmp_path)
+    assert read_ranks(tmp_path)[0]["rank"].equals(before["rank"])
+    args = ContrastiveConfig(str(tmp_path), use_cpu=True, report_to="none")
+    assert args.greater_is_better is True and args.metric_for_best_model == "recommendation/ndcg@10"
+
+
+def test_recpo_recipe(launch, warm, shop_folder, tiny_model_folder, tmp_path, capsys):
+    """
+    From an adapter: it is trained on (`adapter`), with the reward that is named (`reward_funcs`); with equal rewards
+    nothing gets better, so `early_stopping_patience` 1 ends it after the second evaluation; `max_seconds` after the
+    first step; `shown_rollouts` 0 shows none.
+    """
+    reward = tmp_path / "my.py"
+    reward.write_text("def flat(completion_ids, **kwargs):\n    return [sum(ids) % 7 / 7 for ids in completion_ids]\n")
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    words = ["--config", tmp_path / "empty.yaml", "--dataset", shop_folder, "--adapter", warm]
+    words += [
+        "--model_name_or_path",
+        tiny_model_folder("llama"),
+        *SHORT,
+        *RECPO[:-2],
+        "--reward_funcs",
+        f"{reward}:flat",
+    ]
+    evaluated = "--eval_strategy steps --eval_steps 1 --max_eval_users 3 --max_test_users 3".split()
+    launch(
+        "recpo", *words, *evaluated, "--learning_rate", "1e-2", "--max_seconds", "1e-6",
+        "--shown_rollouts", 0, out=tmp_path / "one",
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert (
+        "it trains. Output" in text and "rewards" not in text and "target, rank" not in text and "bought" not in text
+    )
+    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    assert metrics["training"]["steps"] == 1
+    logs = json.loads((tmp_path / "one" / "log_history.json").read_text())
+    assert any("rewards/flat/mean" in log for log in logs)
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (warm, tmp_path / "one"))
+    assert old.keys() == new.keys() and not all(old[name].equal(new[name]) for name in old)
+    launch(
+        "recpo", *words, *evaluated, "--learning_rate", "0", "--early_stopping_patience", 1,
+        "--report_before", "false", "--load_best_model_at_end", "--save_strategy", "steps", "--save_steps", 1,
+        "--max_steps", 4, out=tmp_path / "two",
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["training"]["steps"] == 2 and "before" not in metrics and not (tmp_path / "two" / "before").exists()
+    assert "target, rank" in text  # rollouts are shown unless one says 0
+    new = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    assert all(old[name].equal(new[name]) for name in old)
+
+
+def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):
+    """`split`, `max_eval_users`, `reasoning`, `seed` and the bundle's own limit of 8 tokens are obeyed."""
+    words = ["--bundle", written, "--dataset", shop_folder]
+    modes = ["--reasoning", "full", "none", "truncated", "other"]
+    launch("evaluate", *words, *modes, "--split", "validation", "--max_eval_users", 7, out=tmp_path)
+    frames = {mode: read_ranks(tmp_path / mode) for mode in modes[1:]}
+    for mode, (frame, protocol) in frames.items():
+        assert frame["user_id"].to_list() == shop["validation"]["user_id"][:7]
+        assert (protocol["split"], protocol["settings"]["reasoning"]) == ("validation", mode)
+    full, none, half, other = (frame for frame, _ in frames.values())
+    assert set(full["reasoning_tokens"]) == {8} and set(none["reasoning_tokens"]) == {0}
+    assert max(half["reasoning_tokens"]) <= 4 and not half["reasoning"].equals(full["reasoning"])
+    assert sorted(other["reasoning"]) == sorted(full["reasoning"]) and not other["reasoning"].equals(full["reasoning"])
+    launch("evaluate", *words, "--reasoning", "other", "--seed", 1, out=tmp_path / "seed")
+    assert read_ranks(tmp_path / "seed")[1]["seed"] == 1
+    assert not read_ranks(tmp_path / "seed")[0]["reasoning"][:7].equals(other["reasoning"])
+    bundle = Bundle.load(own)
+    bundle.meta["protocol"]["reasoning"] = "none"
+    bundle.save(own)
+    launch("evaluate", "--bundle", own, "--dataset", shop_folder, out=tmp_path / "own")
+    frame, protocol = read_ranks(tmp_path / "own")
+    assert set(frame["reasoning_tokens"]) == {0} and protocol["settings"]["reasoning"] == "none"
+    assert frame["user_id"].to_list() == shop["test"]["user_id"][:]
