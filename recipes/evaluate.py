@@ -61,7 +61,7 @@ def reasonings(args: EvaluateArguments, bundle: Bundle, users: Dataset, accelera
     prompt_ids = [bundle.prompts.user_ids(user) for user in own_rows(users, accelerator)]
     reasoner = bundle.reasoner(engine_of(args, bundle))
     with bundle.precision():
-        mine = reasoner(prompt_ids, bundle.meta["protocol"]["max_new_tokens"])
+        mine = reasoner(prompt_ids, bundle.meta.protocol.max_completion_length)
     every: list[list[Rollout]] = gather_object([mine])
     return [every[row % len(every)][row // len(every)] for row in range(len(users))]
 
@@ -69,7 +69,7 @@ def reasonings(args: EvaluateArguments, bundle: Bundle, users: Dataset, accelera
 def card_of_changed_catalogue(card: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
     """The card of users who are ranked in a catalogue changed since; the demo's generator knows nothing of it."""
     counts = {**card["counts"], "items": len(bundle.items)}
-    hashes = {**card["sha256"], "items": bundle.meta["hashes"]["catalogue"]}
+    hashes = {**card["sha256"], "items": bundle.meta.hashes["catalogue"]}
     return {**card, "counts": counts, "sha256": hashes, "synthetic": False}
 
 
@@ -94,10 +94,10 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
     if not len(users):
         raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
-    if args.bundle and bundle.meta["hashes"]["catalogue"] != card["sha256"]["items"]:
+    if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)
     reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
-    modes = args.reasoning or [bundle.meta["protocol"]["reasoning"]]
+    modes = args.reasoning or [bundle.meta.protocol.reasoning]
     with torch.no_grad():
         known = [] if set(modes) == {"none"} else reasonings(args, bundle, users, accelerator)
     for mode in modes:

@@ -245,7 +245,12 @@ def replay(monkeypatch):
     return install
 
 
-PROTOCOL = {"reasoning": "full", "max_new_tokens": 8, "item_temperature": 0.05, "token_budget": 2048}
+PROTOCOL = {
+    "reasoning": "full",
+    "max_completion_length": 8,
+    "item_temperature": 0.05,
+    "forward_token_budget": 2048,
+}
 SHORT = {"user_template": "Bought:\n{history}\nNext {category}?", "item_template": "{fields}"}
 
 
@@ -271,7 +276,7 @@ def make_bundle_folder(tiny_model_folder, chat_tokenizer, shop, tmp_path_factory
         add_answer_state(model.get_base_model() if adapter else model)
         table = make_table(prompts, items, "cosine", "cpu")
         with torch.no_grad():
-            table.refresh(make_encoder(model.eval(), prompts, PROTOCOL["token_budget"]))
+            table.refresh(make_encoder(model.eval(), prompts, PROTOCOL["forward_token_budget"]))
         folder = tmp_path_factory.mktemp("bundle") / "bundle"
         card = {"source": "tests", "counts": {"items": len(items)}}
         return save_bundle(folder, model, prompts, table, items, protocol=PROTOCOL, dataset_card=card).folder

@@ -1,18 +1,22 @@
 """The bundle's model card: TRL's, with how to use the recommender, its data, protocol and figures."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
+
+from r2ec_trl.bundle.meta import BundleMeta
 
 BEGIN, END = "<!-- recommendation -->", "<!-- end of recommendation -->"
 SHOWN_METRICS = ("hit@5", "ndcg@5", "hit@10", "ndcg@10", "hit@20", "ndcg@20")
 _TAGS = ("recommendation", "recpo", "trl")
 
 
-def write_card(card: str | None, meta: Mapping[str, Any]) -> str:
+def write_card(card: str | None, meta: BundleMeta) -> str:
     """
     Text of a README.
 
@@ -20,15 +24,19 @@ def write_card(card: str | None, meta: Mapping[str, Any]) -> str:
         card (`str`, *optional*):
             TRL's model card, or one written here before. Its example of a chat gives way to ours; everything else
             stays.
-        meta (`dict`):
+        meta ([`~r2ec_trl.bundle.meta.BundleMeta`]):
             `bundle.json` of the bundle.
     """
     section = recommendation_section(meta)
-    parsed = ModelCard(card, ignore_metadata_errors=True) if card else _plain_card()
-    base, data = meta["base_model"], parsed.data
+    try:
+        parsed = ModelCard(card, ignore_metadata_errors=True) if card else _plain_card()
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError):  # its head was damaged by hand
+        parsed = _plain_card()
+    base, data = meta.base_model, parsed.data
     data["base_model"] = base if "/" in base and not os.path.exists(base) else None  # the hub takes no folders
-    data["library_name"] = "peft" if meta["adapter"] else "transformers"
-    data["tags"] = sorted({*(data.get("tags") or []), *_TAGS})
+    data["library_name"] = "peft" if meta.adapter else "transformers"
+    tags = data.get("tags")
+    data["tags"] = sorted({*map(str, tags if isinstance(tags, list) else []), *_TAGS})
     text = parsed.text.strip().replace("[None](https://huggingface.co/None)", "a model in a local folder")
     if BEGIN in text:
         text = re.sub(f"{BEGIN}.*?{END}", lambda _: section, text, flags=re.DOTALL)
@@ -39,14 +47,13 @@ def write_card(card: str | None, meta: Mapping[str, Any]) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
-def recommendation_section(meta: Mapping[str, Any]) -> str:
+def recommendation_section(meta: BundleMeta) -> str:
     """How to use it, what it recommends, the protocol of its figures, and the figures."""
-    card, protocol = meta["dataset_card"], meta["protocol"]
-    category = meta["prompts"]["category"]
+    card, category = meta.dataset_card, meta.prompts.category
     parts = [
         BEGIN,
         "## Recommendation",
-        f"This bundle reasons about a user's purchases, then ranks its whole catalogue of {meta['num_items']:,} items "
+        f"This bundle reasons about a user's purchases, then ranks its whole catalogue of {meta.num_items:,} items "
         f"(category: {category}).",
         "```python\nfrom r2ec_trl import Recommender\n\n"
         'recommender = Recommender.from_pretrained("THIS_FOLDER_OR_HUB_ID")\n'
@@ -56,10 +63,10 @@ def recommendation_section(meta: Mapping[str, Any]) -> str:
         _table(_flat({key: card[key] for key in ("source", "split_rule", "synthetic", "counts") if key in card}))
         or "Not recorded.",
         "### Protocol",
-        _table(_flat(protocol)),
+        _table(dataclasses.asdict(meta.protocol)),
     ]
-    if "after" in meta["metrics"]:
-        parts += ["### Results on the test split, with 95 % intervals", _metrics_table(meta["metrics"])]
+    if "after" in meta.metrics:
+        parts += ["### Results on the test split, with 95 % intervals", _metrics_table(meta.metrics)]
     return "\n\n".join([*parts, END])
 
 

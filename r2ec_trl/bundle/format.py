@@ -1,35 +1,38 @@
-"""The parts of a bundle on disk, and the hashes that tell whether an item table belongs to the others."""
+"""The parts of a bundle on disk, and the hashes that tell whether they are those that were written together."""
 
 import hashlib
 import json
 import os
-import re
-import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
+from r2ec_trl.bundle.meta import CATALOGUE_FOLDER, META_FILE, SEAL, BundleMeta, first_line, read_json, read_meta
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.schema import arrow_batches
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import build_folder, remove_leftovers, write_json
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.adapters import is_packed
-from r2ec_trl.policy.prompts import PromptConfig, Prompts
+from r2ec_trl.policy.prompts import Prompts
 
-META_FILE, ITEMS_FILE, TABLE_FILE = "bundle.json", "items.parquet", "item_table.safetensors"
-CATALOGUE_FOLDER = "catalogue-{}"  # with the start of a hash: a change of the catalogue commits by replacing META_FILE
+ITEMS_FILE, TABLE_FILE = "items.parquet", "item_table.safetensors"
 CARD_FILE = "README.md"
-FORMAT = 1
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ITEM_FILE, ITEM_TABLE = "item file", "item table"  # hashes of the two files' bytes, taken before they are parsed
+_CATALOGUE_FILES = ((ITEM_FILE, ITEMS_FILE, "the bundle's items"), (ITEM_TABLE, TABLE_FILE, "an item table"))
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -40,19 +43,25 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MORE_TOKENIZER_FILES = ("vocab.txt", "*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
 _SAMPLED_VALUES = 64  # of each tensor of a base model: its hash should cost nothing
 
 
 def bundle_folder(name_or_folder: str | os.PathLike) -> tuple[Path, bool]:
     """Local folder of a bundle, downloaded if it is a hub id, and whether it was local."""
     folder, is_local = Path(name_or_folder), True
+    for _ in range(20):  # while another process puts a new one in its place
+        if folder.is_dir() or not any(folder.parent.glob(f".{folder.name}.replaced-*")):
+            break
+        remove_leftovers(folder.parent)
+        time.sleep(0.05)
     if not folder.is_dir():
         try:
             folder, is_local = Path(snapshot_download(str(name_or_folder))), False
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
                 f"The bundle {str(name_or_folder)!r} is neither a folder nor a hub id that can be reached: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
     if not (folder / META_FILE).is_file():
         inside = folder / "bundle"
@@ -61,25 +70,50 @@ def bundle_folder(name_or_folder: str | os.PathLike) -> tuple[Path, bool]:
     return folder, is_local
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256 of a bundle's adapter (its settings included, but not where its base lies) or of its full weights."""
-    digest = hashlib.sha256()
-    if (folder / ADAPTER_FILE).is_file():
-        settings = read_json(folder / ADAPTER_CONFIG)
-        for name in ("base_model_name_or_path", "revision", "inference_mode"):
-            settings.pop(name, None)
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        files = [folder / ADAPTER_FILE]
-    else:
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return _files_hash(files, digest)
+def check_output(folder: str | os.PathLike) -> None:
+    """
+    Raise [`UserError`] where a bundle could not be saved: something else lies there, or nothing can be written. Long
+    work should find that out before it starts.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is no bundle; choose another folder for it.")
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{str(folder)!r} cannot be written, because {str(parent)!r} cannot; choose another folder.")
 
 
-def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of the tokenizer's files, its chat template included."""
-    return _files_hash([folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()], hashlib.sha256())
+class Parts(NamedTuple):
+    """What [`read_parts`] reads of a bundle; `rows` are memory-mapped, `made_with` are the hashes they came with."""
+
+    folder: Path
+    is_local: bool
+    meta: BundleMeta
+    items: Dataset
+    rows: torch.Tensor
+    made_with: dict[str, str]
 
 
+def read_parts(name_or_folder: str | os.PathLike) -> Parts:
+    """A bundle but for its model, checked before it is parsed; read again if another process changes it meanwhile."""
+    while True:
+        folder, is_local = bundle_folder(name_or_folder)
+        meta = read_meta(folder)
+        try:
+            check_parts(folder, meta)
+            items = read_items(folder / meta.catalogue / ITEMS_FILE)
+            rows, made_with = read_table(folder / meta.catalogue / TABLE_FILE)
+        except UserError:
+            if folder.is_dir() and read_meta(folder) == meta:
+                raise
+            continue
+        if SEAL not in meta.hashes:  # format 1
+            found = part_hashes(folder, meta) | {"catalogue": sha256_of(arrow_batches(items))}
+            check_hashes(found, made_with, folder)
+        return Parts(folder, is_local, meta, items, rows, made_with)
+
+
+# -------------------------------------------------------------------------- hashes
 def base_model_hash(model: torch.nn.Module) -> str:
     """
     SHA-256 of values sampled from every tensor of the model below an adapter, rounded to bf16, so that the base may be
@@ -95,76 +129,143 @@ def base_model_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def catalogue_hash(items: Dataset) -> str:
-    """SHA-256 of the catalogue's rows, in their order."""
-    return sha256_of(arrow_batches(items))
+def part_hashes(folder: Path, meta: BundleMeta, catalogue: Path | None = None) -> dict[str, str]:
+    """The hashes that can be taken from a bundle's bytes before any of its parts is parsed, read as one stream."""
+    is_new = SEAL in meta.hashes or not meta.hashes
+    tokenizer = [folder / name for name in _TOKENIZER_FILES]
+    tokenizer += sorted({path for name in _MORE_TOKENIZER_FILES for path in folder.glob(name)}.difference(tokenizer))
+    digest = hashlib.sha256()
+    if (folder / ADAPTER_FILE).is_file():
+        settings = read_json(folder / ADAPTER_CONFIG)  # but not where its base lies
+        for name in ("base_model_name_or_path", "revision", "inference_mode"):
+            settings.pop(name, None)
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        weights = [folder / ADAPTER_FILE]
+    else:
+        code = [*folder.glob("*.py"), *folder.glob("*.index.json"), *folder.glob("generation_config.json")]
+        weights = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *sorted(code if is_new else [])]
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        found = {
+            "weights": pool.submit(_files_hash, weights, digest),
+            "tokenizer": pool.submit(_files_hash, [file for file in tokenizer if file.is_file()], hashlib.sha256()),
+        }
+        if catalogue is not None:
+            for name, file, what in _CATALOGUE_FILES:
+                found[name] = pool.submit(_files_hash, [catalogue / file], hashlib.sha256(), what)
+        hashes = {name: future.result() for name, future in found.items()}
+    return {"prompts": meta.prompts.fingerprint(), **hashes}
 
 
-def file_hashes(folder: Path, prompt_config: PromptConfig, items: Dataset) -> dict[str, str]:
-    """The hashes that can be taken from a bundle's files: everything but the base model."""
-    return {
-        "weights": weights_hash(folder),
-        "prompts": prompt_config.fingerprint(),
-        "tokenizer": tokenizer_hash(folder),
-        "catalogue": catalogue_hash(items),
-    }
+def check_hashes(found: Mapping[str, str], recorded: Mapping[str, str], folder: Path) -> None:
+    """Raise [`UserError`] that says which parts of the bundle the item table was not made with."""
+    wrong = [name for name, value in found.items() if recorded.get(name) != value]
+    wrong = [name for name in wrong if name != "rendered prompts" or "prompts" not in wrong]
+    if wrong:
+        wrong = ["catalogue" if name == ITEM_FILE else name for name in wrong]
+        parts = " and ".join([", ".join(wrong[:-1]), wrong[-1]] if len(wrong) > 1 else wrong)
+        raise UserError(
+            f"The item table of the bundle {str(folder)!r} was made with another {parts} than the bundle holds; take "
+            "all files from one bundle, or write it anew with recipes/recommend.py --save_bundle."
+        )
 
 
-def write_catalogue(folder: Path, items: Dataset, rows: torch.Tensor, hashes: Mapping[str, str]) -> str:
-    """Write items and item table into a folder of their own inside `folder`, named after both; returns its name."""
+def check_parts(folder: Path, meta: BundleMeta) -> None:
+    """Raise [`UserError`] where a bundle's bytes are not those that were written together; nothing is parsed first."""
+    catalogue, recorded = folder / meta.catalogue, meta.hashes
+    if SEAL not in recorded:  # of format 1, whose hashes lie in the item table
+        return
+    found = part_hashes(folder, meta, catalogue)
+    wrong = {name: value for name, value in found.items() if recorded.get(name) != value}
+    if wrong.keys() == {ITEM_TABLE}:  # another bundle's says what it was made with
+        try:
+            made_with = read_table(catalogue / TABLE_FILE)[1]
+        except UserError:
+            made_with = {}
+        check_hashes({name: recorded[name] for name in made_with.keys() & recorded.keys()}, made_with, folder)
+        raise UserError(
+            f"{catalogue / TABLE_FILE} is not what was written there: its hash differs; take a whole copy."
+        )
+    check_hashes(wrong, recorded, folder)
+    if meta.seal() != recorded[SEAL]:
+        raise UserError(
+            f"{folder / META_FILE} is not what was written there: its hash differs; only base_model and base_revision "
+            "may be changed by hand."
+        )
+
+
+# --------------------------------------------------------------- writing and reading parts
+def write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, meta: BundleMeta) -> None:
+    """Adapter or full weights, and the tokenizer."""
+    if meta.adapter:
+        model.save_pretrained(folder, selected_adapters=["default"])
+        config = read_json(folder / ADAPTER_CONFIG)
+        write_json(folder / ADAPTER_CONFIG, {**config, "base_model_name_or_path": meta.base_model})
+        if not (folder / ADAPTER_FILE).is_file():
+            raise UserError(f"PEFT wrote no {ADAPTER_FILE}; a bundle holds one adapter named 'default'.")
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def upload(folder: Path, repo_id: str, private: bool | None, token: str | None) -> str:
+    """Upload a bundle to the hub; a catalogue that it replaced is deleted there. Returns the commit's address."""
+    api = HfApi(token=token)
+    commit = api.upload_folder(
+        repo_id=api.create_repo(repo_id, private=private, exist_ok=True).repo_id,
+        folder_path=folder,
+        commit_message="Upload recommender",
+        ignore_patterns=[".*"],
+        delete_patterns=[CATALOGUE_FOLDER.format("*/*")],
+    )
+    return str(commit)
+
+
+def write_catalogue(folder: Path, items: Dataset, rows: torch.Tensor, made_with: Mapping[str, str]) -> dict[str, str]:
+    """
+    Write items and item table into a new folder inside `folder`.
+
+    Returns:
+        `dict`: what [`BundleMeta.hashes`] holds of them, and the folder's name under `""`.
+    """
     tensor = rows.detach().to("cpu", torch.float32).contiguous()
-    key = hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode())
-    key.update(tensor.numpy().data)
-    name = CATALOGUE_FOLDER.format(key.hexdigest()[:8])
-    if (folder / name).exists():
-        return name
-    temporary = folder / f".{name}.unfinished-{os.getpid()}"
-    temporary.mkdir()
-    try:
+    if not tensor.sum(0).isfinite().all():
+        raise UserError("The item table holds NaN or infinite rows; the weights that encoded it are damaged.")
+    hashes = {**made_with, "catalogue": sha256_of(arrow_batches(items))}
+    name = CATALOGUE_FOLDER.format(os.urandom(4).hex())
+    with build_folder(folder / name) as scratch:
         schema = items.with_format("arrow")[:0].schema.remove_metadata()
-        with pq.ParquetWriter(temporary / ITEMS_FILE, schema) as writer:
+        with pq.ParquetWriter(scratch / ITEMS_FILE, schema) as writer:
             for batch in arrow_batches(items):
                 writer.write_table(batch.cast(schema))
-        save_file({"rows": tensor}, temporary / TABLE_FILE, metadata=dict(hashes))
-        os.rename(temporary, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return name
-
-
-def catalogue_name(name: str) -> str:
-    """The name of a catalogue's folder; anything else, such as a path, is a [`UserError`]: old ones are deleted."""
-    if not re.fullmatch(CATALOGUE_FOLDER.format("[0-9a-f]{8}"), name):
-        raise UserError(f"{META_FILE} says that the catalogue is in {name!r}, which is no catalogue's name.")
-    return name
+        save_file({"rows": tensor}, scratch / TABLE_FILE, metadata=dict(hashes))
+        for key, file, what in _CATALOGUE_FILES:
+            hashes[key] = _files_hash([scratch / file], hashlib.sha256(), what)
+    return {**hashes, "": name}
 
 
 def read_items(file: Path) -> Dataset:
     """The catalogue of a bundle."""
     try:
-        return Dataset(pq.read_table(file))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as the bundle's items: {_first_line(error)}") from error
+        table = pq.read_table(file)
+        for name in ("item_id", "title"):
+            column = table[name]
+            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
+                raise KeyError(f"column {name!r} must hold texts")
+        return Dataset(table)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read as the bundle's items: {first_line(error)}") from error
 
 
 def read_table(file: Path) -> tuple[torch.Tensor, dict[str, str]]:
     """Rows, memory-mapped, and the hashes of what they were made with."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor("rows"), tensors.metadata() or {}
+            rows, made_with = tensors.get_tensor("rows"), tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as an item table: {_first_line(error)}") from error
-
-
-def check_hashes(found: Mapping[str, str], recorded: Mapping[str, str], folder: Path) -> None:
-    """Raise [`UserError`] that says which parts of the bundle the item table was not made with."""
-    wrong = [name for name, value in found.items() if recorded.get(name) != value]
-    if wrong:
-        parts = " and ".join([", ".join(wrong[:-1]), wrong[-1]] if len(wrong) > 1 else wrong)
-        raise UserError(
-            f"The item table of the bundle {str(folder)!r} was made with another {parts} than the bundle holds; take "
-            "all files from one bundle, or write it anew with recipes/recommend.py --save_bundle."
-        )
+        raise UserError(f"{file} cannot be read as an item table: {first_line(error)}") from error
+    if rows.dtype != torch.float32 or rows.ndim != 2 or not rows.sum(0).isfinite().all():
+        raise UserError(f"{file} holds {rows.dtype} of shape {tuple(rows.shape)}; rows are finite float32, (N, d).")
+    return rows, made_with
 
 
 class _ItemPrompts(Sequence):
@@ -185,30 +286,7 @@ def table_of(prompts: Prompts, items: Dataset, rows: torch.Tensor, similarity: s
     return ItemTable.from_rows(items["item_id"][:], _ItemPrompts(prompts, items), rows, similarity)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; [`UserError`] when it cannot be read."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a {type(value).__name__}, not an object with keys.")
-    return value
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = file.with_name(f".{file.name}.unfinished-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _files_hash(files: Iterable[Path], digest: Any) -> str:
+def _files_hash(files: Iterable[Path], digest: Any, what: str = "a part of the bundle") -> str:
     for file in files:
         try:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -216,9 +294,5 @@ def _files_hash(files: Iterable[Path], digest: Any) -> str:
                 while block := stream.read(2**20):
                     digest.update(block)
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{file} cannot be read as {what}: {first_line(error)}") from error
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,10 +10,11 @@ from accelerate import Accelerator, PartialState
 from datasets import DatasetDict
 
 from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.bundle.meta import Protocol
 from r2ec_trl.cli.dataset_choice import DataArguments
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
-from r2ec_trl.policy.loading import PolicyArguments, load_policy
+from r2ec_trl.policy.loading import PolicyArguments, checked_device, load_policy
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.vllm.engine import load_engine
@@ -54,18 +55,19 @@ def make_bundle(
 ) -> Bundle:
     """A bundle in memory: the catalogue encoded by the model or adapter that is named, by all processes together."""
     args.category = args.category or card["category"]
+    device = _device(args)
     model, tokenizer = load_policy(policy_args, trust_remote_code=args.trust_remote_code)
     if not (policy_args.load_in_4bit or policy_args.load_in_8bit):
-        model.to(_device(args))
+        model.to(device)
     prompts = Prompts(tokenizer, args.prompt_config(), dataset["items"])
     table = make_table(prompts, dataset["items"], args.similarity, model.device)
-    protocol = {
-        "reasoning": "full",
-        "max_new_tokens": args.max_completion_length,
-        "item_temperature": args.item_temperature,
-        "token_budget": args.forward_token_budget,
-        "mixed_precision": "bf16" if args.bf16 else "no",
-    }
+    protocol = Protocol(
+        reasoning="full",
+        max_completion_length=args.max_completion_length,
+        item_temperature=args.item_temperature,
+        forward_token_budget=args.forward_token_budget,
+        mixed_precision="bf16" if args.bf16 else "no",
+    )
     bundle = Bundle(model.eval(), prompts, table, dataset["items"], protocol=protocol, dataset_card=card)
     encoder = make_encoder(model, prompts, args.forward_token_budget)
     with torch.no_grad(), bundle.precision():
@@ -78,7 +80,7 @@ def engine_of(args: BundleArguments, bundle: Bundle) -> Any:
     if args.engine == "transformers":
         return None
     with bundle.precision():
-        length = bundle.prompts.config.max_prompt_length + bundle.meta["protocol"]["max_new_tokens"]
+        length = bundle.prompts.config.max_prompt_length + bundle.meta.protocol.max_completion_length
         return load_engine(bundle.model, length, trust_remote_code=args.trust_remote_code)
 
 
@@ -87,4 +89,4 @@ def _changed(args: Any, defaults: Any, names: Iterable[str]) -> list[str]:
 
 
 def _device(args: BundleArguments) -> str:
-    return args.device or str(PartialState().device)
+    return str(checked_device(args.device or str(PartialState().device)))

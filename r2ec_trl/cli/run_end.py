@@ -17,6 +17,7 @@ from rich.panel import Panel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle.bundle import Bundle, save_bundle
+from r2ec_trl.bundle.meta import Protocol
 from r2ec_trl.cli.bundle_choice import BundleArguments
 from r2ec_trl.cli.run_start import RunArguments
 from r2ec_trl.cli.tables import cold_table, report_table, run_table
@@ -149,15 +150,15 @@ def finish_run(
         _print(get_console(), result, dataset, test, before, after, num_examples)
 
 
-def _bundle_protocol(trainer: GreedyEvaluation) -> dict[str, Any]:
+def _bundle_protocol(trainer: GreedyEvaluation) -> Protocol:
     args: Any = trainer.args
-    return {
-        "reasoning": trainer.reasoning,
-        "max_new_tokens": getattr(args, "max_completion_length", BundleArguments.max_completion_length),
-        "item_temperature": args.item_temperature,
-        "token_budget": args.forward_token_budget,
-        "mixed_precision": trainer.accelerator.mixed_precision if trainer.accelerator.native_amp else "no",
-    }
+    return Protocol(
+        reasoning=trainer.reasoning,
+        max_completion_length=getattr(args, "max_completion_length", BundleArguments.max_completion_length),
+        item_temperature=args.item_temperature,
+        forward_token_budget=args.forward_token_budget,
+        mixed_precision=trainer.accelerator.mixed_precision if trainer.accelerator.native_amp else "no",
+    )
 
 
 def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -> pl.DataFrame:

@@ -150,3 +150,14 @@ def available_attention(recorded: str | None) -> str | None:
         return recorded
     logger.warning("The model was used with %s attention, which is not here: the last digits may differ.", recorded)
     return None
+
+
+def checked_device(name: str | None = None) -> torch.device:
+    """A device by its name, the GPU if there is one by default; [`UserError`] where this machine has none such."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if (device := torch.device(name)).type != "meta" and torch.zeros(1, device=device).item() == 0:
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        logger.debug("%s: %s", name, error)
+    raise UserError(f"The device {name!r} is not there; give 'cpu', or one that this machine has.")

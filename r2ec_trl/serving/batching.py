@@ -218,7 +218,7 @@ class Batcher:
 
     def _writes(self, job: Job) -> bool:
         """Whether a reasoning has to be written for it."""
-        return (job.ask.get("reasoning") or self.recommender.bundle.meta["protocol"]["reasoning"]) == "full"
+        return (job.ask.get("reasoning") or self.recommender.bundle.meta.protocol.reasoning) == "full"
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         start = time.monotonic()

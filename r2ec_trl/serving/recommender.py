@@ -196,7 +196,7 @@ class Recommender:
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise UserError(f"`k` is {k!r}; ask for one item at least, as a whole number.")
-        mode = self.bundle.meta["protocol"]["reasoning"] if reasoning is None else reasoning
+        mode = self.bundle.meta.protocol.reasoning if reasoning is None else reasoning
         if not is_text(mode):
             raise UserError(f"`reasoning` is {mode!r:.80}; give 'full', 'none' or a text.")
         return Question(self._user(history, name), k, exclude_history, mode, self._allowed(where, allow, exclude))
@@ -226,8 +226,8 @@ class Recommender:
                 table,
                 [question.user for question in questions],
                 bundle.reasoner(self.engine),
-                bundle.meta["protocol"]["max_new_tokens"],
-                bundle.meta["protocol"]["token_budget"],
+                bundle.meta.protocol.max_completion_length,
+                bundle.meta.protocol.forward_token_budget,
                 [question.reasoning for question in questions],
                 watch,
             )

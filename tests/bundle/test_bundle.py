@@ -40,7 +40,7 @@ def test_what_is_written_is_what_is_read(written, shop):
     assert first.items.to_polars().equals(shop["items"].to_polars())
     assert first.prompts.config == PromptConfig(category="part", **SHORT)
     assert first.staleness(sample=7)["max_drift"] < 1e-6
-    assert first.meta["dataset_card"]["source"] == "tests" and first.meta["adapter"]
+    assert first.meta.dataset_card["source"] == "tests" and first.meta.adapter
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_a_new_process_gets_the_same_ranks(written, shop, tmp_path):
 def test_full_weights(make_bundle_folder, shop, tiny_model_folder):
     folder = make_bundle_folder(adapter=False)
     bundle = Bundle.load(folder)
-    assert not bundle.meta["adapter"] and bundle.staleness()["max_drift"] < 1e-6
+    assert not bundle.meta.adapter and bundle.staleness()["max_drift"] < 1e-6
     assert bundle.evaluate(shop["test"].select(range(2))).height == 2
     with pytest.raises(UserError, match="holds full weights"):
         Bundle.load(folder, model_name_or_path=str(tiny_model_folder("llama")))
@@ -272,7 +272,7 @@ def test_an_interrupted_change_leaves_the_old_bundle(own, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundle_module, "write_json", fail)
+    monkeypatch.setattr(bundle_module, "write_meta", fail)
     with pytest.raises(KeyboardInterrupt):
         bundle.add_items(unseen(3))
     monkeypatch.undo()
@@ -355,4 +355,4 @@ def test_the_card_tells_how_to_use_it_and_what_it_reached(own, shop, tiny_model_
     assert "| metric | before | after | popularity |" in text and "| hit@10, history masked |" in text
     assert "- grpo" in text and "library_name: peft" in text and "Of a model in a local folder" in text
     assert str(tiny_model_folder("llama")) not in text  # a folder is no base model of the hub's
-    assert Bundle.load(own).meta["metrics"]["after"]["rows"] == 10
+    assert Bundle.load(own).meta.metrics["after"]["rows"] == 10

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -40,7 +41,7 @@ def test_the_base_is_asked_for_in_the_revision_it_had(own, monkeypatch):
 def test_a_run_in_bfloat16_is_loaded_as_one(own, make_bundle_folder, shop):
     """Table and users are encoded under the same autocast; without the note the table would be stale."""
     bundle = Bundle.load(own)
-    bundle.meta["protocol"]["mixed_precision"] = "bf16"
+    bundle.meta = replace(bundle.meta, protocol=replace(bundle.meta.protocol, mixed_precision="bf16"))
     assert bundle.staleness()["max_drift"] > 1e-6
     bundle.refresh_table()
     again = Bundle.load(own)
@@ -60,7 +61,7 @@ def test_an_adapter_keeps_its_dtype(make_bundle_folder, shop):
         bundle.folder.parent / "bf16", bundle.model, bundle.prompts, bundle.table, bundle.items, protocol=PROTOCOL
     )
     again = Bundle.load(changed.folder)
-    assert again.meta["adapter_dtype"] == again.meta["dtype"] == "bfloat16"
+    assert again.meta.adapter_dtype == again.meta.dtype == "bfloat16"
     assert again.staleness()["max_drift"] < 1e-9
 
 
@@ -116,7 +117,7 @@ def test_the_final_figures_come_from_the_bundle_on_disk(end_run, monkeypatch):
 
 def test_a_run_in_bfloat16_leaves_a_bundle_that_says_so(end_run):
     bundle = Bundle.load(end_run(bf16=True) / "bundle")
-    assert bundle.meta["protocol"]["mixed_precision"] == "bf16" and bundle.staleness()["max_drift"] < 1e-9
+    assert bundle.meta.protocol.mixed_precision == "bf16" and bundle.staleness()["max_drift"] < 1e-9
 
 
 def test_a_final_evaluation_that_fails_loses_nothing_else(end_run, monkeypatch, caplog, tmp_path):
@@ -136,7 +137,7 @@ def test_a_final_evaluation_that_fails_loses_nothing_else(end_run, monkeypatch, 
 
 def test_a_base_without_a_name_is_noticed_when_it_is_saved(own, tmp_path):
     bundle = Bundle.load(own)
-    bundle.meta["base_model"] = ""
+    bundle.meta = replace(bundle.meta, base_model="")
     with pytest.raises(UserError, match="has no name to load it by"):
         bundle.save(tmp_path / "nameless")
     assert not (tmp_path / "nameless").exists()
