@@ -19,7 +19,7 @@ from typing import Any
 
 import datasets
 import pandas as pd
-from benchmarks.timing import interleaved
+from benchmarks.timing import compare, measured
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from r2ec_trl.cli.parsing import parse
@@ -55,14 +55,23 @@ def measure(args: DataArguments, folder: Path) -> dict[str, Any]:
     datasets.disable_progress_bars()
     raw = generate_amazon(folder / "raw", args.rows, args.rows // 10, args.rows // 20, kind="csv.gz")
     fast, slow = folder / "fast", folder / "slow"
-    ours(raw, fast)
-    twin(raw, slow)
-    check_parity(fast, slow)
-    times = interleaved(lambda: ours(raw, fast), lambda: twin(raw, slow), args.rounds)
-    start = time.perf_counter()
-    twin(raw, slow, set)
-    by_sets = round((time.perf_counter() - start) / times["fast_seconds"], 2)
-    result = {"rows": args.rows, "parity": True, **times, "ratio_with_set_lookups": by_sets}
+
+    def parity() -> None:
+        ours(raw, fast)
+        twin(raw, slow)
+        check_parity(fast, slow)
+
+    size = f"{args.rows / 1e6:g} M interactions to a dataset folder"
+    against = "pandas and dictionaries"
+    times = compare(
+        lambda: ours(raw, fast), lambda: twin(raw, slow), what=size, against=against, parity=parity, rounds=args.rounds
+    )
+    by_sets = measured(lambda: twin(raw, slow, set))[0]
+    result = {
+        "rows": args.rows,
+        "comparisons": [times],
+        "ratio_with_set_lookups": round(times["ours_cpu_seconds"] / by_sets, 3),
+    }
     if args.large_rows:
         shutil.rmtree(raw)
         generate_amazon(folder / "large", args.large_rows, args.large_rows // 10, args.large_rows // 20)

