@@ -96,9 +96,11 @@ class SlicedTable(ItemTable):
         states, targets = self._gather(states, 0.0), self._gather(targets, -1)
         excluded = self._gather(_widen(excluded, max(width for _, width in counts)), -1)
         chunk_size = chunk_of(states, held)
-        score = target_scores(states, held, self._local(targets), chunk_size).nan_to_num(nan=-math.inf)
+        own = self._local(targets)
+        score = target_scores(states, held, own).nan_to_num(nan=-math.inf)
         dist.all_reduce(score, op=dist.ReduceOp.MAX)
-        count, normaliser = count_against(states, held, score, temperature, self._local(excluded), chunk_size)
+        score.masked_fill_(targets < 0, 0.0)  # rows that only fill up the shorter processes' share
+        count, normaliser = count_against(states, held, own, score, temperature, self._local(excluded), chunk_size)
         dist.all_reduce(count)
         largest = normaliser.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
