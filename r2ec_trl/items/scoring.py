@@ -78,15 +78,13 @@ def target_rank_and_logprob(
             `True` (training): the target is never excluded. `False` (masked evaluation): an excluded target is a miss,
             rank N + 1 and log-probability -inf.
         chunk_size (`int`, *optional*):
-            Items scored at once; by default as many as make 16 M scores. The result does not depend on it.
+            Items scored at once; by default what suits the device's memory. Ranks and scores do not depend on it.
 
     Returns:
         [`CatalogueScores`]: rank, log-probability and score of each target.
 
-    Example:
-
-    One user, three items with scores .6, .8, .6 and the first as the target: one item is better, one is equal, so the
-    rank is 3. At temperature .2 the log-probability is .6/.2 - log(2 exp(.6/.2) + exp(.8/.2)) = -1.5514.
+    Example: scores .6, .8, .6 and the first as the target: one is better, one equal, so the rank is 3. At temperature
+    .2 the log-probability is .6/.2 - log(2 exp(.6/.2) + exp(.8/.2)) = -1.5514.
 
     ```python
     >>> states, rows = torch.tensor([[1.0]]), torch.tensor([[0.6], [0.8], [0.6]])
@@ -96,12 +94,11 @@ def target_rank_and_logprob(
 
     ```
     """
-    num_items = len(rows)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     chunk_size = chunk_of(states, rows, chunk_size)
-    if any(not 0 <= row < num_items for row in targets.tolist()):
-        raise ValueError(f"targets must be row indices in 0..{num_items - 1}.")
+    if any(not 0 <= row < len(rows) for row in targets.tolist()):
+        raise ValueError(f"targets must be row indices in 0..{len(rows) - 1}.")
     if excluded is None:
         excluded = targets.new_empty(len(targets), 0)
     same = excluded == targets[:, None]  # (B, H)
@@ -112,7 +109,7 @@ def target_rank_and_logprob(
     rank, normaliser = count_against(states, rows, targets, score, temperature, excluded, chunk_size)
     logprob = (score.double() / temperature - normaliser).float()
     return CatalogueScores(
-        rank=rank.masked_fill(missed, num_items + 1), logprob=logprob.masked_fill(missed, -math.inf), score=score
+        rank=rank.masked_fill(missed, len(rows) + 1), logprob=logprob.masked_fill(missed, -math.inf), score=score
     )
 
 
@@ -134,9 +131,8 @@ def count_against(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    How many rows score no worse than `score` (the target's own counts, if it is among them), int64, and the
-    log-sum-exp of all scores over the temperature, float64; both `(B,)`, over the rows that are not excluded. A target
-    outside the rows is -1.
+    How many rows score no worse than `score`, int64, the target (-1 where it is elsewhere) among them, and the
+    log-sum-exp of all scores over the temperature, float64; both `(B,)`, over the rows that are not excluded.
     """
     count = torch.zeros(len(states), dtype=torch.int64, device=states.device)
     total = torch.zeros(
@@ -170,7 +166,8 @@ def count_against(
         _bound(scores, excluded - start, -math.inf, "amin")
         count += 2 * (scores.shape[1] - (scores < score[:, None]).sum(dim=1))  # not worse: better, equal, itself
         normaliser = torch.logaddexp(normaliser, torch.logsumexp(scores.double() / temperature, dim=1))
-    for row, state, signs in _gathered(pairs):
+    if pairs:
+        row, state, signs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         exact = torch.where(row == targets[state], score[state], _settle(states, rows, state, row))
         count.index_add_(0, state, 2 * (exact >= score[state]).long() - 1 - signs.long())
     return count // 2, torch.logaddexp(normaliser, total.log() + score.double() / temperature)
@@ -189,24 +186,18 @@ def top_k(
     """The k best items of each state, best first; of equal scores the lower row index comes first.
 
     Args:
-        states (`torch.Tensor` of shape `(B, d)`):
-            Answer states, normalised already if the similarity is cosine.
-        rows (`torch.Tensor` of shape `(N, d)`):
-            Item table, one row per item.
+        states, rows, chunk_size:
+            As in [`target_rank_and_logprob`].
         k (`int`):
             How many; a catalogue of fewer items gives fewer.
         excluded (`torch.Tensor` of shape `(B, H)`, *optional*):
             Row indices that one state must not get, padded with -1.
         allowed (`torch.Tensor` of shape `(N,)`, bool, *optional*):
             Items that may be given to anyone.
-        chunk_size (`int`, *optional*):
-            Items scored at once; by default as many as make 16 M scores. The result does not depend on it.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: scores (float32) and row indices (int64), both of shape `(B, min(k, N))`.
         Where fewer items are available, the rest has score -inf and index -1.
-
-    Example:
 
     ```python
     >>> scores, indices = top_k(torch.tensor([[1.0]]), torch.tensor([[0.5], [0.75], [0.5]]), k=2)
@@ -285,10 +276,7 @@ def chunk_of(states: torch.Tensor, rows: torch.Tensor, chunk_size: int | None = 
 
 
 class _Float32:
-    """
-    One float32 product a chunk of rows, and which of its scores are too near to call; for one call. Scores stand as
-    (chunk, B), which multiplies faster.
-    """
+    """One float32 product a chunk of rows, and which scores are too near to call. They stand as (chunk, B): faster."""
 
     def __init__(self, states: torch.Tensor, rows: torch.Tensor, scale: float = 1.0):
         self.states, self.scale = states.float(), scale
@@ -368,11 +356,6 @@ def _at_most(values: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, t
     return block[hit] * BLOCK + offset, column[hit]
 
 
-def _gathered(pairs: list[tuple[torch.Tensor, ...]]) -> list[tuple[torch.Tensor, ...]]:
-    """The parts of several chunks as one."""
-    return [tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))] if pairs else []
-
-
 def _scores(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Similarities, (B, chunk): float64 products, rounded once to float32."""
     states = states.double()
@@ -395,10 +378,9 @@ def _bound(scores: torch.Tensor, column: torch.Tensor, value: torch.Tensor | flo
 
 
 def _sort_keys(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """int64 keys that sort by score, then by lower row index, so that `topk` has no ties to break. NaN sorts last.
-
-    The high half is the float's bit pattern, whose order is the float's once negative patterns are flipped. Adding 0.0
-    turns -0.0 into the 0.0 that it equals.
+    """
+    int64 keys that sort by score, then by lower row index, so that `topk` has no ties to break; NaN sorts last. The
+    high half is the float's bits, negative ones flipped; adding 0.0 turns -0.0 into the 0.0 that it equals.
     """
     bits = (torch.where(scores.isnan(), -math.inf, scores) + 0.0).view(torch.int32)
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
