@@ -25,7 +25,6 @@ CACHED_SHARE = 32  # a CPU takes a 32nd of that: what a core's cache holds
 ROW_VALUES_AT_ONCE = 2**20  # bounds the rows held in float64: 8 MB
 FLOAT64_PRODUCTS = 2**24  # below this many multiplications settling costs more than float64
 BLOCK = 64  # rows whose nearest score is looked at first
-MANY = 8  # a chunk with more than 1/8 of its pairs in question is cheaper in float64
 SIMILARITIES = ("cosine", "dot")
 _LONGEST = WeakTensorKeyDictionary()  # of a table: its version, and the length of its longest row
 
@@ -351,7 +350,7 @@ def _at_most(values: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, t
     if 2 * len(block) * BLOCK > values.numel() and len(block) > values.shape[1]:
         return None
     hit, offset = (blocks[block, :, column] <= bound[column, None]).nonzero(as_tuple=True)
-    if MANY * len(hit) > values.numel():
+    if 8 * len(hit) > values.numel():  # float64 is cheaper then
         return None
     return block[hit] * BLOCK + offset, column[hit]
 
