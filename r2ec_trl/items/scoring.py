@@ -4,7 +4,6 @@ Nothing larger than (B, chunk_size) is ever built: a rank is counted, and the so
 log-sum-exp. A score is a float64 product, rounded once to float32. A float32 product alone depends on the shape of the
 matrices it is part of (on one CPU, two identical rows get different scores when B is 1): ranks would change with the
 chunk size, the batch and the device, and rounding would break ties.
-
 Large catalogues get there at float32's price: one float32 product a chunk decides every pair that is further from the
 target (or from the k-th best) than rounding can carry it, and the few others are settled by float64 products of their
 own. The bound is twice that of a dot product of d terms in any order, d * 2^-24 * |u| |v|. Small catalogues, chunks
@@ -26,7 +25,7 @@ ROW_VALUES_AT_ONCE = 2**20  # bounds the rows held in float64: 8 MB
 FLOAT64_PRODUCTS = 2**24  # below this many multiplications settling costs more than float64
 BLOCK = 64  # rows whose nearest score is looked at first
 SIMILARITIES = ("cosine", "dot")
-_LONGEST = WeakTensorKeyDictionary()  # of a table: its version, and the length of its longest row
+_LONGEST = WeakTensorKeyDictionary()  # table -> its version, length of its longest row
 
 
 class CatalogueScores(NamedTuple):
@@ -263,8 +262,8 @@ def exclusion_matrix(histories: list[list[int]], device: torch.device | str | No
 
 def chunk_of(states: torch.Tensor, rows: torch.Tensor, chunk_size: int | None = None) -> int:
     """Items scored at once: as given, or as many as bound the memory."""
+    shapes = f"{tuple(states.shape)} and {tuple(rows.shape)}"
     if states.ndim != 2 or rows.ndim != 2 or states.shape[1] != rows.shape[1] or len(rows) == 0:
-        shapes = f"{tuple(states.shape)} and {tuple(rows.shape)}"
         raise ValueError(f"states and rows must be (B, d) and (N, d) with at least one row, got {shapes}.")
     if chunk_size is None:
         at_once = SCORES_AT_ONCE // (CACHED_SHARE if rows.device.type == "cpu" else 1)
