@@ -324,4 +324,4 @@ def test_the_bundle_of_two_processes_gives_their_figures(tmp_path, engine, flags
     frame = bundle.evaluate(load_dataset_folder(tmp_path / "demo_dataset")["test"].select(range(40)))
     assert frame["user_id"].equals(ranks["user_id"]) and bundle.staleness()["max_drift"] < 1e-6
     assert (frame["rank"] == ranks["rank"]).mean() > 0.95  # other batches: the last bits may differ
-    assert ("after" in bundle.meta["metrics"]) and bundle.meta["adapter"] is (not flags or engine == "plain")
+    assert ("after" in bundle.meta.metrics) and bundle.meta.adapter is (not flags or engine == "plain")

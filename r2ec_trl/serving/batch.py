@@ -118,7 +118,7 @@ def _checked_plan(
     users, digest = _measure(source)
     bundle = recommender.bundle
     plan = {"source": source.name, "sha256": digest, "users": users, "part_users": part_users, "options": options}
-    plan |= {"hashes": bundle.meta.get("hashes"), "engine": "transformers" if recommender.engine is None else "vllm"}
+    plan |= {"hashes": bundle.meta.hashes, "engine": "transformers" if recommender.engine is None else "vllm"}
     plan = json.loads(json.dumps(plan, default=list))
     file = folder / PLAN_FILE
     if file.is_file():
