@@ -1,8 +1,10 @@
 """What one generation batch is: rolled out, scored and rewarded together, then trained on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from trl.trainer.utils import split_tensor_dict
 
 from r2ec_trl.policy.rollouts import Rollout
 
@@ -50,3 +52,30 @@ class GenerationBatch:
         """Where each rollout's target stands among the candidates, `(B*G,)`."""
         candidates = torch.tensor(self.candidates, device=self.targets.device)
         return torch.searchsorted(candidates, self.targets)
+
+
+def whole_groups(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Micro-batches of shuffled rows, dealt out anew so that a group's rows stand side by side; groups keep the order in
+    which the shuffle brought them up.
+
+    Args:
+        batches (`list[dict]`):
+            Tensors and lists of one length a micro-batch, scalars as they are; `group` says whose rollout a row is.
+
+    >>> shuffled = [{"group": torch.tensor([4, 2])}, {"group": torch.tensor([2, 4])}]
+    >>> [batch["group"].tolist() for batch in whole_groups(shuffled)]
+    [[4, 4], [2, 2]]
+    """
+    groups = torch.cat([batch["group"] for batch in batches]).tolist()
+    order = sorted(range(len(groups)), key=lambda row: groups.index(groups[row]))
+
+    def dealt(values: list[Any]) -> Any:
+        if values[0] is None or (isinstance(values[0], torch.Tensor) and values[0].ndim == 0):
+            return values[0]
+        if isinstance(values[0], torch.Tensor):
+            return torch.cat(values)[torch.tensor(order, device=values[0].device)]
+        rows = [row for value in values for row in value]
+        return [rows[row] for row in order]
+
+    return split_tensor_dict({name: dealt([batch[name] for batch in batches]) for name in batches[0]}, len(batches))

@@ -16,6 +16,9 @@ class ItemTerm:
     """
     Credits the item of the best rollouts of each group, and gives the loss of those items.
 
+    The candidates are encoded with gradient once an optimizer step, in its last micro-step: before that their rows are
+    constants whose gradients are summed up, as in GradCache (arXiv 2101.06983), and then handed on to the encoder.
+
     Args:
         table ([`~r2ec_trl.items.table.ItemTable`]):
             Item prompts and the projection of states.
@@ -30,6 +33,8 @@ class ItemTerm:
 
     def __init__(self, table: ItemTable, settings: Any, encode: Encode, every_process: bool = False):
         self.table, self.settings, self.encode, self.every_process = table, settings, encode, every_process
+        self._rows: torch.Tensor | None = None  # of the candidates with the current weights, (C, d)
+        self._gradient: torch.Tensor | None = None  # of the loss of earlier micro-steps in them, (C, d)
         self.epsilon_low = settings.epsilon
         self.epsilon_high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
 
@@ -53,7 +58,7 @@ class ItemTerm:
             `dict` of tensors of shape `(B*G,)`: `item_weights` (δ of M7), `item_positions` (the target among the
             candidates) and, where an optimizer step lies between rollout and update, `old_item_logprobs`.
         """
-        settings = self.settings
+        settings, self._rows, self._gradient = self.settings, batch.target_rows, None
         weights = item_credit_weights(advantages, settings.num_generations, settings.item_credit_count, eligible)
         positions = batch.positions.to(advantages.device)
         prepared = {"item_weights": weights[own], "item_positions": positions}
@@ -62,8 +67,13 @@ class ItemTerm:
         return prepared
 
     def loss(
-        self, states: torch.Tensor, inputs: dict[str, Any], batch: GenerationBatch, normalizer: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self,
+        states: torch.Tensor,
+        inputs: dict[str, Any],
+        batch: GenerationBatch,
+        normalizer: torch.Tensor,
+        last: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         -Σ δ ℓ(r_{T+1}, A) of M7 over a micro-batch.
 
@@ -76,31 +86,56 @@ class ItemTerm:
                 The generation batch it is a part of.
             normalizer (`torch.Tensor`, a scalar):
                 What one token's loss is divided by.
+            last (`bool`, *optional*, defaults to `True`):
+                Whether this is the last micro-step before an optimizer step or new rollouts.
 
         Returns:
-            The loss (a scalar), and detached means over the credited rows: the item's log-probability and how often
-            the ratio was clipped; `None` both where no row is credited.
+            The loss (a scalar); a scalar of value 0 whose gradient is that of the earlier micro-steps in the encoder
+            (it belongs into the same backward); and detached means over the credited rows: the item's log-probability
+            and how often the ratio was clipped, `None` both where no row is credited.
         """
         carried = inputs["item_weights"].nonzero().squeeze(1)
-        if len(carried) == 0 and not self.every_process:
-            return states.sum() * 0.0, None, None
-        candidates = self.candidate_rows(batch)
+        nothing = states.sum() * 0.0
+        if len(carried) == 0 and not self.every_process and not (last and self._gradient is not None):
+            self._rows = None if last else self._rows
+            return nothing, nothing, None, None
+        candidates = self.candidate_rows(batch, last)
         projected = self.table.project(states[carried])
         logprobs = self.logprobs(projected, candidates, inputs["item_positions"][carried], batch)
         old = inputs["old_item_logprobs"][carried] if "old_item_logprobs" in inputs else logprobs.detach()
         advantages = inputs["advantages"][carried]
         terms = clipped_objective(logprobs, old, advantages, self.epsilon_low, self.epsilon_high)  # (carried rows,)
         loss = -terms.sum() / normalizer + candidates.sum() * 0.0
+        earlier = nothing
+        if last:
+            if self._gradient is not None:
+                earlier = (candidates * self._gradient).sum()
+                earlier = earlier - earlier.detach()
+            self._rows = self._gradient = None
+        elif candidates.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, candidates, retain_graph=True)
+            self._gradient = gradient if self._gradient is None else self._gradient + gradient
         if len(carried) == 0:
-            return loss, None, None
+            return loss, earlier, None, None
         ratio = (logprobs.detach() - old).exp()
         clipped = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
-        return loss, logprobs.detach().mean(), clipped.float().mean()
+        return loss, earlier, logprobs.detach().mean(), clipped.float().mean()
 
-    def candidate_rows(self, batch: GenerationBatch) -> torch.Tensor:
-        """Rows of the candidates, `(C, d)`, encoded with gradient unless that is off."""
+    def candidate_rows(self, batch: GenerationBatch, last: bool = True) -> torch.Tensor:
+        """
+        Rows of the candidates, `(C, d)`: encoded with gradient in the last micro-step, a leaf before; constants where
+        `item_gradient` is off.
+        """
         if self.settings.item_gradient == "none":
             return batch.target_rows
+        if last:
+            return self._encoded(batch)
+        if self._rows is None:  # an optimizer step has come between
+            with torch.no_grad():
+                self._rows = self._encoded(batch)
+        return self._rows.detach().requires_grad_()
+
+    def _encoded(self, batch: GenerationBatch) -> torch.Tensor:
         return self.table.project(self.encode([self.table.token_ids[row] for row in batch.candidates]))
 
     def logprobs(

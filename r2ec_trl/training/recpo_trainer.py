@@ -21,7 +21,7 @@ from r2ec_trl.policy.generation import stop_generate_at_marker
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.rewards import checked_reward, load_reward
-from r2ec_trl.training.generation_batch import GenerationBatch
+from r2ec_trl.training.generation_batch import GenerationBatch, whole_groups
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.training.guarded import GuardedTraining
 from r2ec_trl.training.item_term import ItemTerm
@@ -56,7 +56,8 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
     - `_generate_and_score_completions`: adds what the item term needs, and RLOO's factor n/(n-1).
     - `_compute_loss`: adds the item term (M6, M7), which weighs an item like one more token; it reads the answer
       states of TRL's own forward.
-    - `_prepare_inputs`: what a micro-batch held is kept as evidence of a loss or gradient that is no number.
+    - `_prepare_inputs`: TRL's shuffle keeps the rollouts of a user together, so that they share a forward; what a
+      micro-batch held is kept as evidence of a loss or gradient that is no number.
     - `_get_grad_norm`: a gradient that is no number stops the run before it reaches the weights.
     - `train`: out of memory and hung or lost processes stop the run with one sentence on every process; a resumed run
       sees the users that it would have seen.
@@ -331,7 +332,17 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             output["advantages"] = output["advantages"] * factor[own].to(output["advantages"])
         advantages = self.accelerator.gather(output["advantages"])  # a group can straddle processes
         eligible = torch.tensor([not self._is_masked(r) for r in self.batch.rollouts], device=advantages.device)
+        output["group"] = torch.arange(own.start, own.stop, device=advantages.device) // self.num_generations
         return output | self.item_term.prepare(self.batch, advantages, self.accelerator.gather(eligible), own)
+
+    def _prepare_inputs(self, inputs):
+        buffered = self._buffered_inputs
+        micro_batch = super()._prepare_inputs(inputs)
+        if self._buffered_inputs is buffered:
+            return micro_batch
+        self._buffered_inputs = whole_groups(self._buffered_inputs)
+        self.guard.micro_batch = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self.guard.micro_batch
 
     # -------------------------------------------------------------------- loss
     def _compute_loss(self, model, inputs):
@@ -346,13 +357,22 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         if self.args.item_coef:
             tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             normalizer = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-            item_loss, *figures = self.item_term.loss(torch.cat(states), inputs, self.batch, normalizer)
+            item_loss, earlier, *figures = self.item_term.loss(
+                torch.cat(states), inputs, self.batch, normalizer, self._is_last_micro_step
+            )
             self.telemetry.item(item_loss, *figures)
             item_loss = self.args.item_coef * item_loss
-            if self.telemetry.is_watched_step and inputs["item_weights"].any() and self._allows_two_backwards:
+            watched = self.telemetry.is_watched_step and self._is_last_micro_step and self._allows_two_backwards
+            if watched and inputs["item_weights"].any():
                 self.telemetry.gradient_norms(self.model.parameters(), token=loss, item=item_loss)
-            loss = loss + item_loss
+            loss = loss + item_loss + self.args.item_coef * earlier
         return self.guard.check_loss(loss, inputs)
+
+    @property
+    def _is_last_micro_step(self) -> bool:
+        """Whether an optimizer step or new rollouts follow: the candidates' rows are then encoded with gradient."""
+        reused = self.args.steps_per_generation * self.num_iterations
+        return self.accelerator.sync_gradients or (self._step + 1) % reused == 0
 
     @property
     def _allows_two_backwards(self) -> bool:

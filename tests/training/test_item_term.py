@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_the_equation(make):
     """
     term, batch, _ = make()
     inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
-    loss, logprob, clip_ratio = term.loss(batch.states, inputs, batch, torch.tensor(10.0))
+    loss, _, logprob, clip_ratio = term.loss(batch.states, inputs, batch, torch.tensor(10.0))
     assert loss.item() == pytest.approx(-0.25)
     assert logprob.item() == pytest.approx((-math.log1p(math.exp(-1)) - math.log(2)) / 2)
     assert clip_ratio.item() == 0.0
@@ -108,7 +108,7 @@ def test_old_log_probs_are_kept_where_a_step_lies_between_and_clip(make):
     inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
     assert inputs["old_item_logprobs"][0].item() == pytest.approx(-math.log1p(math.exp(-1)))
     states = torch.tensor([[5.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]], requires_grad=True)
-    loss, _, clip_ratio = term.loss(states, inputs, batch, torch.tensor(1.0))
+    loss, _, _, clip_ratio = term.loss(states, inputs, batch, torch.tensor(1.0))
     assert clip_ratio.item() == 0.5  # one of the two credited rows
     assert loss.item() == pytest.approx(-(1.28 * 2 + 0.5))
     loss.backward()
@@ -131,7 +131,29 @@ def test_without_a_credited_row_nothing_is_encoded_unless_every_process_must(mak
         term, batch, weight = make(every_process=every_process)
         inputs = prepared(term, batch, [1.0, 0.0, 1.0, 0.0], (False,) * 4)
         states = batch.states.clone().requires_grad_()
-        loss, *figures = term.loss(states, inputs, batch, torch.tensor(10.0))
+        loss, _, *figures = term.loss(states, inputs, batch, torch.tensor(10.0))
         assert loss.item() == 0.0 and figures == [None, None]
         loss.backward()  # DDP needs a graph
         assert (weight.grad is not None) == every_process
+
+
+def test_candidates_are_encoded_with_gradient_once_an_optimizer_step(make):
+    """Micro-steps of one row each, the last one without credit; the twin encodes in each of them."""
+    gradients = []
+    for cached in (True, False):
+        term, batch, weight = make(item_temperature=0.5)
+        calls, encode = [], term.encode
+        term.encode = lambda sequences: calls.append(torch.is_grad_enabled()) or encode(sequences)
+        inputs = prepared(term, batch, [2.0, -2.0, 0.5, 1.5])
+        for _ in range(2):
+            for row in (0, 2, 3, 1):
+                part = {name: value[row : row + 1] for name, value in inputs.items()}
+                states = batch.states[row : row + 1].clone().requires_grad_()
+                last = row == 1 or not cached
+                loss, earlier, *_ = term.loss(states, part, batch, torch.tensor(10.0), last)
+                assert earlier.item() == 0.0
+                (loss + earlier).backward()
+        gradients.append(weight.grad)
+        # by the second window the weights have changed: its rows are encoded anew, without gradient
+        assert calls == ([True, False, True] if cached else [True, True] * 2)
+    assert gradients[0].abs().sum() > 0.1 and torch.allclose(*gradients, atol=1e-6)

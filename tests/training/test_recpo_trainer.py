@@ -59,6 +59,47 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(make_trainer, replay
         assert difference < 1e-5 * max(1.0, norm), (batch, difference, norm)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2, "max_steps": 4},
+        {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "item_negatives": "catalogue"},
+    ],
+)
+def test_cached_item_gradients_and_shared_prompts_equal_their_plain_twins(make_trainer, replay, sample, options):
+    """The twin gives every rollout a row of its own and encodes the candidates in every micro-step."""
+    runs = []
+    for plain in (False, True):
+        replay(sample)
+        settings = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "item_temperature": 0.2}
+        trainer = make_trainer(
+            reward=odd_reward, item_coef=2.0, item_credit="all", shared_prompt=not plain, **(settings | options)
+        )
+        if plain:
+            loss = trainer.item_term.loss
+            trainer.item_term.loss = lambda *args, loss=loss: loss(*args[:4], True)
+        runs.append(record(trainer).steps)
+    for step in range(1 + runs[0][-1].global_step):
+        totals = [total([each for each in steps if each.global_step == step]) for steps in runs]
+        difference, norm = distance(*totals)
+        assert norm > 0.1 and difference < 2e-5 * norm, (step, difference, norm)
+
+
+def test_a_group_stays_in_one_micro_batch_through_the_shuffle(make_trainer, replay, sample):
+    replay(sample)
+    trainer = make_trainer(
+        per_device_train_batch_size=4, gradient_accumulation_steps=8, max_steps=3, item_coef=0.0, token_coef=0.0
+    )
+    notes = record(trainer)
+    orders = set()
+    for generation in range(3):
+        groups = [step.inputs["group"] for step in notes.steps if step.generation == generation]
+        assert all(len(group.unique()) == 1 for group in groups)
+        orders.add(tuple(int(group[0]) for group in groups))
+    assert len(orders) > 1 and all(sorted(order) == list(range(8)) for order in orders)
+
+
 def test_two_optimizer_steps_a_generation_each_weigh_half_its_tokens(make_trainer, replay, sample):
     """With the learning rate 0 both windows see the same weights: their gradients sum to twice the whole batch's."""
     settings = {"reward": odd_reward, "learning_rate": 0.0, "item_temperature": 0.2}
@@ -193,7 +234,7 @@ def test_one_backbone_call_a_micro_step_for_the_rollouts(make_trainer, replay, s
 
     trainer._compute_loss = counting
     trainer.train()
-    assert counts == [most, most]
+    assert counts == [1, most]  # the candidates once an optimizer step, in its last micro-step
 
 
 # ----------------------------------------------------------------------------------------------------------- rewards
