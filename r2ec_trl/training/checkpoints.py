@@ -50,7 +50,7 @@ def is_whole(folder: str | os.PathLike) -> bool:
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The `checkpoint-N` folders of a run, whole or not, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=_step)
+    return sorted((path for path in found if path.is_dir()), key=_step_of)
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -218,5 +218,5 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _step(path: Path) -> int:
+def _step_of(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
