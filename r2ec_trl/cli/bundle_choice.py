@@ -14,6 +14,7 @@ from r2ec_trl.bundle.meta import Protocol
 from r2ec_trl.cli.dataset_choice import DataArguments
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
+from r2ec_trl.policy.checks import check_start
 from r2ec_trl.policy.loading import PolicyArguments, checked_device, load_policy
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
@@ -69,6 +70,7 @@ def make_bundle(
         mixed_precision="bf16" if args.bf16 else "no",
     )
     bundle = Bundle(model.eval(), prompts, table, dataset["items"], protocol=protocol, dataset_card=card)
+    check_start(model, prompts, table.token_ids, args.max_completion_length)
     encoder = make_encoder(model, prompts, args.forward_token_budget)
     with torch.no_grad(), bundle.precision():
         table.refresh(share_encoding(encoder, Accelerator(), table))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.policy.batching import check_length, length_sorted_batches
 from r2ec_trl.policy.shared_prompt import PaddedRows, shared_batches, shares_prompts
 from r2ec_trl.progress import track
 
@@ -130,11 +130,15 @@ def encode_states(
         `torch.Tensor` of shape `(len(sequences), d)`, float32, in the order given.
     """
     device = next(model.parameters()).device
+    lengths = [len(sequence) for sequence in sequences]
+    check_length(
+        getattr(model, "config", None), max(lengths), "The prompts", "`max_prompt_length` or `max_item_length`"
+    )
     patched = next(module for module in model.modules() if "_shares_prompts" in vars(module))
     if prompt_lengths is not None and shares_prompts(patched):
         batches = shared_batches(sequences, prompt_lengths, token_budget)
     else:
-        batches = length_sorted_batches([len(sequence) for sequence in sequences], token_budget)
+        batches = length_sorted_batches(lengths, token_budget)
     states = []
     for batch in track(batches, "prompts encoded"):
         input_ids, attention_mask = pad_right([sequences[i] for i in batch], pad_token_id, device)

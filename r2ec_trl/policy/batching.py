@@ -1,6 +1,10 @@
-"""Batches by length and token budget: the one way forwards without gradient are batched."""
+"""Batches by length and token budget: the one way forwards without gradient are batched; the longest sequence."""
 
 from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+
+from r2ec_trl.errors import UserError
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -23,3 +27,20 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[lis
         else:
             batches.append([index])
     return batches
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model can tell apart, scaled ones included; `None` where there is no end to them."""
+    text = config.get_text_config()
+    given = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    scaling = getattr(text, "rope_parameters", None) or {}
+    factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    scaled = int(factor * (original or given)) if isinstance(factor, (int, float)) and given else 0
+    return max(given, scaled) if isinstance(given, int) else None
+
+
+def check_length(config: PreTrainedConfig | None, tokens: int, what: str, cure: str) -> None:
+    """Raise [`UserError`] for sequences longer than the model's positions."""
+    limit = positions_of(config) if config is not None else None
+    if limit is not None and tokens > limit:
+        raise UserError(f"{what} take up to {tokens:,} tokens, but the model has {limit:,} positions; lower {cure}.")

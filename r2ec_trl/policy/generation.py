@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.policy.batching import check_length, length_sorted_batches
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch
 from r2ec_trl.progress import track
 
@@ -102,7 +102,10 @@ def generate_reasoning(
     )
     device = next(model.parameters()).device
     rollouts: dict[int, Rollout] = {}
-    batches = length_sorted_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens)
+    lengths = [len(ids) + max_new_tokens for ids in prompt_ids]
+    cures = "`max_prompt_length` or `max_completion_length`"
+    check_length(model.config, max(lengths, default=0), "A user prompt and its reasoning", cures)
+    batches = length_sorted_batches(lengths, batch_tokens)
     for batch in track(batches, "users reasoned"):
         length = len(prompt_ids[batch[0]])  # longest first
         input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)

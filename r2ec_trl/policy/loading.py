@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, get_quantization_config
@@ -16,11 +21,11 @@ from trl import ModelConfig, get_quantization_config
 from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.adapters import attach_adapter, read_adapter_config
+from r2ec_trl.policy.checks import PROJECTIONS, check_no_hub_code
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"  # as a dataset or model name: the generated shop and the policy that ships with the package
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -43,12 +48,15 @@ def peft_config(args: PolicyArguments) -> LoraConfig | None:
     """The LoRA configuration to train, `None` for all weights or when an adapter is trained on."""
     if not args.use_peft or args.adapter is not None:
         return None
+    parameters = [args.lora_target_parameters] * isinstance(args.lora_target_parameters, str)
+    parameters = parameters or args.lora_target_parameters
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
+        lora_dropout=0.0 if parameters else args.lora_dropout,  # PEFT has none for parameters
         target_modules=args.lora_target_modules,
+        target_parameters=parameters,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
@@ -56,7 +64,11 @@ def peft_config(args: PolicyArguments) -> LoraConfig | None:
 
 
 def load_policy(
-    args: PolicyArguments, trainable: bool = False, trust_remote_code: bool = False, tokenizer_path: str | None = None
+    args: PolicyArguments,
+    trainable: bool = False,
+    trust_remote_code: bool = False,
+    tokenizer_path: str | None = None,
+    quantization: Any = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """
     Base model with its tokenizer, and the saved adapter on it if one is named.
@@ -70,6 +82,8 @@ def load_policy(
             Whether code that comes with the model may run.
         tokenizer_path (`str`, *optional*):
             Where the tokenizer is, if not beside the base model.
+        quantization (`BitsAndBytesConfig`, *optional*):
+            In place of the one that `args` names.
 
     Raises:
         [`UserError`]: for a model or adapter that cannot be read, or do not fit each other.
@@ -79,48 +93,63 @@ def load_policy(
     if not name:
         raise UserError("No model given; add `--model_name_or_path NAME_OR_FOLDER`.")
     name = str(DEMO_POLICY) if name == DEMO else name
-    quantization = get_quantization_config(args)
+    quantization = quantization or get_quantization_config(args)
     if quantization is not None and is_deepspeed_zero3_enabled():
         raise UserError(
             "ZeRO-3 cannot share out quantised weights; launch with accelerate_configs/zero2.yaml, or leave "
             "`--load_in_4bit` and `--load_in_8bit` out."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_path or name, revision=args.model_revision, trust_remote_code=trust_remote_code
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=args.model_revision,
-            trust_remote_code=trust_remote_code,
-            dtype=args.dtype if args.dtype in ("auto", None) else getattr(torch, args.dtype),
-            attn_implementation=args.attn_implementation,
-            quantization_config=quantization,
-            device_map=(
-                {"": PartialState().local_process_index if torch.cuda.is_available() else "cpu"}
-                if quantization
-                else None
-            ),
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        wants_code = "trust_remote_code" in str(error)
-        if not (wants_code or isinstance(error, (OSError, HFValidationError))):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        reason += " Add `--trust_remote_code` if you trust it." if wants_code else ""
-        hint = (
-            ""
-            if args.model_name_or_path
-            else " (the base recorded in the adapter; name yours with --model_name_or_path)"
-        )
-        raise UserError(f"The model {name!r}{hint} cannot be loaded: {reason}") from error
+    model, tokenizer = _from_pretrained(args, name, quantization, trust_remote_code, tokenizer_path or name)
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         logger.warning("sdpa leaves out this model's attention soft cap: using `attn_implementation` eager instead.")
         model.set_attn_implementation("eager")
     if args.adapter is None or adapter_config is None:
         return model, tokenizer
     return attach_adapter(model, args.adapter, adapter_config, trainable), tokenizer
+
+
+def _from_pretrained(
+    args: PolicyArguments, name: str, quantization: Any, trust_remote_code: bool, tokenizer_path: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; whatever is wrong with the files is one sentence, except for a lack of memory."""
+    shared: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": trust_remote_code}
+    device = {"": PartialState().local_process_index if torch.cuda.is_available() else "cpu"}
+    try:
+        check_no_hub_code(
+            PreTrainedConfig.get_config_dict(name, **shared)[0], args.attn_implementation, trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **shared)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=args.dtype if args.dtype in ("auto", None) else getattr(torch, args.dtype),
+            attn_implementation=args.attn_implementation,
+            quantization_config=quantization,
+            device_map=device if quantization else None,
+            use_safetensors=True,
+            output_loading_info=True,
+            **shared,
+        )
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a folder can be wrong in any way
+        if "allocate memory" in str(error):
+            raise
+        wants_code = "trust_remote_code" in str(error)
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:300]
+        reason += " Add `--trust_remote_code` if you trust it." if wants_code else ""
+        recorded = (
+            ""
+            if args.model_name_or_path
+            else " (the base recorded in the adapter; name yours with --model_name_or_path)"
+        )
+        raise UserError(f"The model {name!r}{recorded} cannot be loaded: {reason}") from error
+    lacking = sorted(map(str, info["missing_keys"])) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if lacking:
+        raise UserError(
+            f"The model {name!r} lacks {len(lacking)} weights that its config.json asks for, such as "
+            f"{lacking[0]}; they would be random, so give a whole checkpoint of a causal language model."
+        )
+    return model, tokenizer
 
 
 def quantization_of(model: PreTrainedModel) -> dict[str, Any]:

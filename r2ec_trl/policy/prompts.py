@@ -128,8 +128,14 @@ class Prompts:
             template: self.chat.ids(self._messages(template, "x"))
             for template in (config.user_template, config.item_template)
         }
+        self.longest_user = 0  # tokens of the longest user prompt made so far
         if absent := [name for name in config.item_fields if name not in item_dataset.column_names]:
             logger.warning("The catalogue has no column %s: item prompts go without.", ", ".join(absent))
+
+    @property
+    def probe_ids(self) -> list[int]:
+        """Token ids of a user prompt without purchases, to try a model with."""
+        return self._neutral[self.config.user_template] + self.marker_ids
 
     def user_messages(self, example: Mapping[str, Any]) -> Messages:
         """
@@ -157,6 +163,7 @@ class Prompts:
         for start in range(len(lines)):
             messages, ids = self._turn(self.config.user_template, lines[start:], name)
             if len(ids) <= self.config.max_prompt_length:
+                self.longest_user = max(self.longest_user, len(ids))
                 return messages, ids
         raise UserError(
             f"{name}: the instruction and the newest purchase take {len(ids)} tokens; raise `max_prompt_length` "

@@ -8,11 +8,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from trl.trainer.utils import disable_dropout_in_model
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right
+from r2ec_trl.policy.checks import check_start, fit_adapter, switch_dropout_off
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
@@ -80,8 +80,8 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         self.prompts = Prompts(processing_class, args.prompt_config(), item_dataset)
         add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-        disable_dropout_in_model(model)  # the adapter's as well, as RecPO does
+            model = get_peft_model(model, fit_adapter(peft_config, model))
+        switch_dropout_off(model)  # the adapter's as well, as RecPO does
         if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         self.table = make_table(self.prompts, item_dataset, args.similarity, args.device)
@@ -101,6 +101,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
             **kwargs,
         )
         self.guard_training(Telemetry(self.accelerator, self.steps_taken))
+        check_start(self.model, self.prompts, self.table.token_ids, None, trains=True)
         self.model_accepts_loss_kwargs = False  # the mean over users: let Trainer divide by the accumulation steps
 
     def _encode(self, example: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
 from r2ec_trl.items.scoring import exclusion_matrix
 from r2ec_trl.policy.answer_state import add_answer_state
+from r2ec_trl.policy.checks import check_start, fit_adapter, switch_dropout_off
 from r2ec_trl.policy.generation import stop_generate_at_marker
+from r2ec_trl.policy.loading import PolicyArguments, load_policy
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.rewards import checked_reward, load_reward
@@ -115,8 +117,13 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         **kwargs,
     ):
         args = args if args is not None else RecPOConfig("recpo-output")
+        if isinstance(model, str):
+            bits = kwargs.pop("quantization_config", None)
+            model, tokenizer = load_policy(PolicyArguments(model), True, args.trust_remote_code, quantization=bits)
+            processing_class = processing_class or tokenizer
+        peft_config = fit_adapter(peft_config, model)
         if processing_class is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         self.prompts = Prompts(processing_class, args.prompt_config(), item_dataset)
         self.reader = MarkerReader(processing_class, args.marker)
@@ -149,6 +156,11 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             stop_generate_at_marker(base_model, self.reader)
         slices = self.accelerator if args.slice_table else None
         self.table = make_table(self.prompts, item_dataset, args.similarity, self.accelerator.device, slices)
+        if args.disable_dropout:
+            switch_dropout_off(self.model)
+        check_start(
+            self.model, self.prompts, self.table.token_ids, args.max_completion_length, trains=args.disable_dropout
+        )
         self.guard_training(Telemetry(self.accelerator, self.steps_taken, self._metrics["train"], args.watch_steps))
         self.item_term = ItemTerm(self.table, args, self._encode_with_gradient, self.is_deepspeed_enabled)
 
