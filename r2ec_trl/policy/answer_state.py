@@ -130,15 +130,13 @@ def encode_states(
         `torch.Tensor` of shape `(len(sequences), d)`, float32, in the order given.
     """
     device = next(model.parameters()).device
-    lengths = [len(sequence) for sequence in sequences]
-    check_length(
-        getattr(model, "config", None), max(lengths), "The prompts", "`max_prompt_length` or `max_item_length`"
-    )
+    longest = max(map(len, sequences))
+    check_length(getattr(model, "config", None), longest, "The prompts", "`max_prompt_length` or `max_item_length`")
     patched = next(module for module in model.modules() if "_shares_prompts" in vars(module))
     if prompt_lengths is not None and shares_prompts(patched):
         batches = shared_batches(sequences, prompt_lengths, token_budget)
     else:
-        batches = length_sorted_batches(lengths, token_budget)
+        batches = length_sorted_batches([len(sequence) for sequence in sequences], token_budget)
     states = []
     for batch in track(batches, "prompts encoded"):
         input_ids, attention_mask = pad_right([sequences[i] for i in batch], pad_token_id, device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
@@ -236,12 +236,14 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 
 
-def _next_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_token_id: int) -> torch.Tensor:
+def _next_scores(model: Any, sequences: Sequence[Sequence[int]], pad_token_id: int) -> torch.Tensor:
     """Scores of the token after the last of these sequences, `(1, V)`, by `generate`: padded on the left."""
     ids, mask = (
         part.flip(1) for part in pad_right([list(reversed(s)) for s in sequences], pad_token_id, model.device)
     )
-    output = model.generate(
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    output = type(base).generate(  # the class's: an instance's may be wrapped, to stop or to count
+        base,
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=1,
