@@ -100,6 +100,7 @@ def fit_targets(targets: Sequence[str] | str | None, model: torch.nn.Module) -> 
     if targets is None or set(targets) == set(PROJECTIONS):
         if not own:
             raise UserError(f"{kind} has no linear layer that could carry LoRA; add `--use_peft false`.")
+        absent = [one for one in PROJECTIONS if one in absent]  # a set has no order
         return own, f"{kind} has no {', '.join(absent)}: LoRA goes on {', '.join(own)} (--lora_target_modules)."
     sentence = f"`lora_target_modules`: {', '.join(absent)} match no module of {kind}, which has {', '.join(own)}"
     if len(absent) == len(set(targets)):
@@ -160,7 +161,7 @@ def check_start(
     user = prompts.longest_user + len(prompts.marker_ids) + (completion or 0)
     cures = "`max_prompt_length` or `max_completion_length`" if completion else "`max_prompt_length`"
     check_length(model.config, user, "A user prompt and its reasoning", cures)
-    check_length(model.config, max(map(len, item_ids), default=0), "An item prompt", "`max_item_length`")
+    check_length(model.config, max(map(len, item_ids), default=0), "Item prompts", "`max_item_length`")
     check_policy(model, prompts, generates=completion is not None, trains=trains)
 
 
