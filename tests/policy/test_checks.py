@@ -96,7 +96,7 @@ def test_prompts_beyond_the_positions_are_refused_at_the_start(make_trainer, tin
     with pytest.raises(UserError, match="A user prompt and its reasoning take up to .*`max_completion_length`"):
         make_trainer(model=tiny_model("llama", max_position_embeddings=100), peft=False, max_completion_length=90)
     with pytest.raises(UserError, match="Item prompts take up to .*`max_item_length`"):
-        words = "a long text " * 100 + "{fields}"
+        words = "a long text " * 50 + "{fields}"
         make_trainer(model=tiny_model("llama", max_position_embeddings=400), peft=False, item_template=words)
 
 
