@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
 
 from r2ec_trl.cli.memory import Precision, Workload, layer_activations, memory_plan, model_shape, optimizer_steps
 from r2ec_trl.cli.plan import _memory_problems, installed_versions, make_plan, version_problems
@@ -27,7 +27,9 @@ SIZES = {
 ROWS, LENGTH = 2, 128
 
 
-def build(config, lora, attention="sdpa", dtype=torch.bfloat16):
+def build(config, lora, attention=None, dtype=torch.bfloat16):
+    if attention == "sdpa" and isinstance(config, Gemma2Config) and not Gemma2ForCausalLM._supports_sdpa:
+        pytest.skip("this transformers keeps Gemma-2 and its soft cap away from sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -165,6 +167,8 @@ def test_the_plan_of_a_sound_run_sees_no_problem_and_counts_its_steps(plan_of, m
     ],
 )
 def test_each_problem_is_one_sentence_with_the_knob(plan_of, words, case):
+    if "attn_implementation" in words and not Gemma2ForCausalLM._supports_sdpa:
+        pytest.skip("this transformers never runs Gemma-2 under sdpa")
     assert [sentence for sentence in plan_of(**case).problems if words in sentence]
 
 
