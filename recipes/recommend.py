@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import polars as pl
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
@@ -56,7 +57,13 @@ class RecommendArguments(BundleArguments):
     where: str | None = field(default=None, metadata={"help": 'SQL condition on item columns: "price < 50".'})
     allow: list[str] | None = field(default=None, metadata={"help": "Recommend these item ids only."})
     exclude: list[str] | None = field(default=None, metadata={"help": "Never recommend these item ids."})
-    format: str = field(default="table", metadata={"help": "What is printed.", "choices": ["table", "jsonl"]})
+    format: str = field(
+        default="table",
+        metadata={
+            "help": "What is printed; csv has the columns user_id, item_id, score, rank (RecTools, RecBole).",
+            "choices": ["table", "jsonl", "csv"],
+        },
+    )
     save_bundle: str | None = field(default=None, metadata={"help": "Write the recommender as a bundle here."})
 
 
@@ -116,6 +123,14 @@ def main() -> None:
     results = recommender.recommend(users, **options)
     if args.format == "table":
         show(results, Console())
+    elif args.format == "csv":
+        rows = [
+            (str(number) if result.user_id is None else result.user_id, item.item_id, item.score, rank)
+            for number, result in enumerate(results)
+            for rank, item in enumerate(result.items, start=1)
+        ]
+        columns = {"user_id": pl.String, "item_id": pl.String, "score": pl.Float64, "rank": pl.Int64}
+        sys.stdout.write(pl.DataFrame(rows, schema=columns, orient="row").write_csv())
     else:
         for result in results:
             print(json.dumps(result.to_dict(), ensure_ascii=False))
