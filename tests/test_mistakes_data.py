@@ -4,6 +4,8 @@ same check with the mistake put back.
 """
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import r2ec_trl.items.scoring as scoring
 from r2ec_trl.cli.parsing import RecipeParser, parse
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.table import ItemTable
+from r2ec_trl.policy.chat import Chat
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.policy.prompts import PromptConfig, Prompts
 from r2ec_trl.training.recpo_config import RecPOConfig
@@ -79,8 +82,8 @@ def test_13_truncation_keeps_the_generation_prompt_the_marker_and_the_newest_pur
         assert len(item) <= 90 and item[-len(prompts.marker_ids) :] == prompts.marker_ids
 
     check()
-    inner = Prompts.ids
-    monkeypatch.setattr(Prompts, "ids", lambda self, messages: inner(self, messages)[:90])
+    inner = Chat.ids
+    monkeypatch.setattr(Chat, "ids", lambda self, messages: inner(self, messages)[:90])
     with goes_red():
         check()
 
@@ -174,39 +177,42 @@ class ExplodingDataset(Dataset):
         raise AssertionError("the test split was touched")
 
 
-def test_20_the_test_split_is_not_touched_while_training(make_trainer, shop):
-    """Validation users alone are evaluated, at each evaluation and for the best model."""
-    splits = dict(shop)
-    splits["test"] = ExplodingDataset(shop["test"].data, info=shop["test"].info)
+@pytest.fixture
+def recpo(monkeypatch, shop, tiny_model, chat_tokenizer, tmp_path):
+    """recipes/recpo.py on the shop, its end left out; `recpo(test)` trains with that test split."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+    import recpo
 
-    def check(evaluated):
-        trainer = make_trainer(
-            train=splits["train"],
-            validation=splits[evaluated],
-            eval_strategy="steps",
-            eval_steps=1,
-            max_steps=2,
-            max_eval_users=3,
-            max_completion_length=3,
-        )
-        users, inner = [], trainer.evaluate_frame
-        trainer.evaluate_frame = lambda dataset, **kwargs: (
-            users.extend(dataset["user_id"]),
-            inner(dataset, **kwargs),
-        )[1]
-        trainer.train()
-        assert users == 2 * splits["validation"]["user_id"][:3]
+    words = (
+        "--max_steps 2 --per_device_train_batch_size 4 --num_generations 2 --max_completion_length 3 --report_to none"
+    )
+    words += " --load_best_model_at_end false --eval_strategy steps --eval_steps 1 --max_eval_users 3 --save_strategy no --report_before false"
+    words += " --use_cpu true --bf16 false --item_fields title"
+    monkeypatch.setattr(sys, "argv", ["recpo.py", *words.split(), "--output_dir", str(tmp_path / "run")])
+    monkeypatch.setattr(recpo, "load_policy", lambda *a, **k: (tiny_model("llama"), chat_tokenizer))
+    monkeypatch.setattr(recpo, "finish_run", lambda *a: None)
 
-    check("validation")
+    def train(**splits):
+        card = {"category": "product"}
+        monkeypatch.setattr(recpo, "load_dataset", lambda *a: ({**shop, **splits}, card))
+        recpo.main()
+
+    return train
+
+
+def test_20_the_test_split_is_not_touched_while_training(recpo, shop):
+    """The recipe evaluates users of validation alone: with another split in its place it would touch that."""
+    untouchable = ExplodingDataset(shop["test"].data, info=shop["test"].info)
+    recpo(test=untouchable)
     with goes_red():
-        check("test")
+        recpo(validation=untouchable)
 
 
 @pytest.mark.parametrize("category", ["left-handed guitar string", "CD", "映画", "{history}"])
 def test_21_any_category_name_works(make_trainer, replay, sample, category):
     replay(sample)
     trainer = make_trainer(category=category, max_steps=1)
-    assert f"Next {category}" in trainer.train_dataset[0]["prompt"][0]["content"] or "{" in category
+    assert f"Next {category} after" in trainer.train_dataset[0]["prompt"][0]["content"]
     trainer.train()
     assert trainer.state.global_step == 1
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -241,8 +242,8 @@ class Prompts:
         place = "history" if template == self.config.user_template else "fields"
         words = {"marker": self.config.marker, "closing": self.config.closing}
         words |= {"category": self.plain.clean(self.config.category), place: data}
-        for name, text in words.items():  # not str.format: titles and templates may hold braces
-            template = template.replace("{" + name + "}", text)
+        # In one pass, and not by str.format: category, titles and templates may hold braces
+        template = re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), template)
         return self.chat.messages(template)
 
     def _purchase_lines(self, example: Mapping[str, Any]) -> list[str]:

@@ -59,9 +59,9 @@ def catalogue():
 
 
 def test_fields_and_their_order():
-    assert item_text(catalogue(), None, None).to_dicts() == [
-        {"item_id": "a", "title": "A & B", "description": "Big dog", "price": "2.5"}
-    ]
+    frame = item_text(catalogue(), None, None)  # the order of the source behind id and title, no crawled figure
+    assert frame.columns == ["item_id", "title", "description", "price"]
+    assert frame.rows() == [("a", "A & B", "Big dog", "2.5")]
     assert item_text(catalogue(), ["price", "description", "price", "title"], 1).columns == [
         "item_id",
         "title",
