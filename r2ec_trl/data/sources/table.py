@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
-from r2ec_trl.data.sources.delimited import Dialect, column_names, is_index, read_table
+from r2ec_trl.data.sources.delimited import Dialect, column_names, read_table
 from r2ec_trl.data.sources.jsonl import ROW, listing, read_objects, reject
 from r2ec_trl.data.sources.source import (
     SPLIT_CODES,
@@ -95,8 +95,9 @@ def import_items(
     for name in (item_column, title_column):
         if name not in found:
             raise UserError(f"{path} has no column '{name}'; it has {listing(found)}.")
-    others = {name for name in found if not is_index(name)} - {item_column, title_column, "item_id", "title", ROW}
-    columns = {"item_id": item_column, "title": title_column, **{name: name for name in found if name in others}}
+    taken = (item_column, title_column, "item_id", "title", ROW)
+    others = {name: name for name in found if name not in taken}
+    columns = {"item_id": item_column, "title": title_column, **others}
     frames = list(read_table(path, columns, dialect=dialect, skipped=skipped))
     if not frames:
         raise UserError(f"{path} is empty: a catalogue needs at least one item.")
