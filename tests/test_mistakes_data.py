@@ -183,11 +183,11 @@ def recpo(monkeypatch, shop, tiny_model, chat_tokenizer, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
     import recpo
 
-    words = (
-        "--max_steps 2 --per_device_train_batch_size 4 --num_generations 2 --max_completion_length 3 --report_to none"
+    words = "--max_steps 2 --per_device_train_batch_size 4 --num_generations 2 --max_completion_length 3"
+    words += " --load_best_model_at_end false --eval_strategy steps --eval_steps 1 --max_eval_users 3"
+    words += (
+        " --save_strategy no --report_before false --report_to none --use_cpu true --bf16 false --item_fields title"
     )
-    words += " --load_best_model_at_end false --eval_strategy steps --eval_steps 1 --max_eval_users 3 --save_strategy no --report_before false"
-    words += " --use_cpu true --bf16 false --item_fields title"
     monkeypatch.setattr(sys, "argv", ["recpo.py", *words.split(), "--output_dir", str(tmp_path / "run")])
     monkeypatch.setattr(recpo, "load_policy", lambda *a, **k: (tiny_model("llama"), chat_tokenizer))
     monkeypatch.setattr(recpo, "finish_run", lambda *a: None)
