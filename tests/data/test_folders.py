@@ -1,4 +1,4 @@
-"""Dataset folders under attack and accident: names that point outside, flipped bits, kills, full disks, two writers."""
+"""Dataset folders under attack and accident: names that point outside, bits that flip, kills, full disks, races."""
 
 import json
 import os
