@@ -191,15 +191,35 @@ def checked_reward(func: Reward) -> Reward:
     name = reward_name(func)
 
     def checked(completions: list, **kwargs: Any) -> list[float | None]:
-        return _check_rewards(func(completions=completions, **kwargs), len(completions), name)
+        return _check_rewards(func(**_wanted(func, name, completions, kwargs)), len(completions), name)
 
     async def checked_async(completions: list, **kwargs: Any) -> list[float | None]:
-        return _check_rewards(await func(completions=completions, **kwargs), len(completions), name)
+        return _check_rewards(await func(**_wanted(func, name, completions, kwargs)), len(completions), name)
 
     wrapper = checked_async if _is_async(func) else checked
     wrapper.__name__ = wrapper.__qualname__ = name
     wrapper.__doc__ = func.__doc__
     return wrapper
+
+
+def _wanted(func: Reward, name: str, completions: list, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a reward takes: all of them with `**kwargs`, else those that it names."""
+    given = {"completions": completions, **kwargs}
+    known = ", ".join(sorted(given))
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except ValueError:  # a function of C tells nothing
+        return given
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        given = {each.name: given[each.name] for each in parameters if each.name in given}
+    for each in parameters:
+        needed = each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        if needed and each.name not in given:
+            raise UserError(
+                f"Reward {name!r} asks for {each.name!r}, which is neither a column of the dataset nor one of "
+                f"{known}; name one of these, or give it a default."
+            )
+    return given
 
 
 def reward_name(func: Reward) -> str:
@@ -256,7 +276,7 @@ def _is_async(func: Reward) -> bool:
 
 def _check_rewards(rewards: Any, expected: int, name: str) -> list[float | None]:
     """The rewards as floats or `None`."""
-    if isinstance(rewards, str) or not hasattr(rewards, "__len__"):
+    if isinstance(rewards, (str, dict, set)) or not hasattr(rewards, "__len__"):
         kind = type(rewards).__name__
         raise UserError(f"Reward {name!r} returned a {kind}; it must return a list with one number per rollout.")
     if len(rewards) != expected:

@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList
 import r2ec_trl.training.item_term as item_term
 import r2ec_trl.training.recpo_trainer as recpo_trainer
 from r2ec_trl.errors import UserError
+from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.rollouts import MarkerReader
 
@@ -269,7 +270,7 @@ def test_14_the_reward_sees_fresh_target_rows(make_trainer, replay, sample, monk
         replay(sample)
         trainer = make_trainer(table_refresh_budget=0.0, learning_rate=1e-2, max_steps=2, reward=odd_reward)
         trainer.train()
-        encoder = recpo_trainer.make_encoder(trainer.model, trainer.prompts, 9_999)
+        encoder = make_encoder(trainer.model, trainer.prompts, 9_999)
         states_then = trainer.table.rows.clone()
         trainer._generate_and_score_completions([dict(trainer.train_dataset[i // 4]) for i in range(8)])
         with torch.no_grad():
@@ -311,15 +312,15 @@ def test_14_a_target_that_two_users_share_is_no_negative(run, shop, monkeypatch)
 
 
 def test_15_out_of_memory_is_never_swallowed(make_trainer, replay, sample):
-    for name in ("item_term.loss", "item_term.candidate_rows", "_refresh_table"):
+    for name in ("item_term.loss", "item_term.candidate_rows", "reward_pass.refresh"):
         replay(sample)
         trainer = make_trainer()
-        *owner, name = name.split(".")
+        owner, name = name.split(".")
 
         def explode(*args, **kwargs):
             raise torch.OutOfMemoryError("out of memory")
 
-        setattr(trainer.item_term if owner else trainer, name, explode)
+        setattr(getattr(trainer, owner), name, explode)
         with pytest.raises(UserError, match="Out of memory"):
             trainer.train()
         assert trainer.state.global_step == 0

@@ -1,7 +1,10 @@
 """Checkpoints that are whole or not there: a manifest written last, resuming from the newest whole one, the table."""
 
+import dataclasses
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -12,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import write_json
 from r2ec_trl.items.table import ItemTable
 
 logger = logging.getLogger(__name__)
@@ -22,29 +26,85 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LATEST = "latest"
 MAX_TABLE_BYTES = 2**30  # a larger table is encoded anew when a run resumes
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
+_ANOTHER = f"give another checkpoint, or '{LATEST}' for the newest whole one."
+_STATE_NEEDED = ("global_step", "epoch")
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("global_step", "max_steps", "best_global_step", "num_input_tokens_seen"), (int,)),
+    **dict.fromkeys(("epoch", "num_train_epochs", "total_flos", "best_metric"), (int, float)),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (int, float)),
+    "train_batch_size": (int,),
+    "log_history": (list,),
+    "stateful_callbacks": (dict,),
+    "best_model_checkpoint": (str,),
+}
 
 
 def write_manifest(folder: Path) -> None:
-    """Say that a checkpoint is whole: every file with its size, written beside and renamed."""
+    """Say that a checkpoint is whole: every file with its size and SHA-256, written beside and renamed."""
     files = {
-        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
     }
-    beside = folder / f"{MANIFEST}.tmp"
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, folder / MANIFEST)
+    write_json(folder / MANIFEST, {"files": files})
 
 
-def is_whole(folder: str | os.PathLike) -> bool:
-    """Whether a checkpoint's manifest is there and every file has the size it names."""
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str | None]]:
+    """Size and SHA-256 of each file that a manifest names (a manifest of version 0.1 has sizes only)."""
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {
+        name: (entry, None) if isinstance(entry, int) else (entry["bytes"], entry["sha256"])
+        for name, entry in files.items()
+    }
+
+
+def is_whole(folder: str | os.PathLike, content: bool = False) -> bool:
+    """
+    Whether a checkpoint's manifest is there and every file has the size it names; with `content`, also its SHA-256
+    (each file is read once, as a stream).
+    """
     folder = Path(folder)
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+        for name, (size, digest) in _manifest(folder).items():
+            path = folder / name
+            if path.stat().st_size != size or (content and digest is not None and _sha256(path) != digest):
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+    return True
+
+
+def read_state(folder: Path) -> TrainerState:
+    """
+    A checkpoint's `trainer_state.json`, its types checked.
+
+    Raises:
+        [`UserError`]: names the field that is none of transformers', or of another type.
+    """
+    path = folder / "trainer_state.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        fields = {field.name for field in dataclasses.fields(TrainerState)}
+        wrong = sorted(set(values) - fields) if isinstance(values, dict) else ["the whole"]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {_ANOTHER}") from error
+    for name, kinds in _STATE_TYPES.items() if isinstance(values, dict) else ():
+        value = values.get(name)
+        if (value is None and name in _STATE_NEEDED) or not isinstance(value, (*kinds, type(None))):
+            wrong.append(name)
+        elif isinstance(value, bool) or (isinstance(value, (int, float)) and not 0 <= value < math.inf):
+            wrong += [name] if name != "best_metric" else []
+    if not wrong and not all(isinstance(log, dict) for log in values.get("log_history") or []):
+        wrong.append("log_history")
+    if wrong:
+        raise UserError(f"{path}: `{wrong[0]}` is not what transformers writes there; {_ANOTHER}")
+    return TrainerState(**values)
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -54,11 +114,11 @@ def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint of a run, `None` without one; newer ones that are half-written are warned of."""
+    """The newest whole checkpoint of a run, `None` without one; newer ones that are not whole are warned of."""
     for path in reversed(checkpoints(output_dir)):
-        if is_whole(path):
+        if is_whole(path, content=True):
             return path
-        logger.warning("%s is half-written: skipped.", path)
+        logger.warning("%s is %s: skipped.", path, "damaged" if is_whole(path) else "half-written")
     return None
 
 
@@ -86,7 +146,7 @@ def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None, bes
 
 def is_write_error(error: BaseException) -> bool:
     """Whether an exception says that a file could not be written (torch and safetensors have their own kinds)."""
-    if isinstance(error, (OSError, SafetensorError)):
+    if isinstance(error, (OSError, SafetensorError, UserError)):
         return True
     return isinstance(error, RuntimeError) and any(
         words in str(error)
@@ -110,6 +170,7 @@ class CheckpointKeeper(TrainerCallback):
 
     def __init__(self, table: ItemTable, accelerator: Any, args: Any):
         self.table, self.accelerator, self.args = table, accelerator, args
+        self.resumed: TrainerState | None = None
         self._epochs_done = 0
 
     # ------------------------------------------------------------------ resume
@@ -121,21 +182,39 @@ class CheckpointKeeper(TrainerCallback):
             wanted (`str` or `bool`, *optional*):
                 A checkpoint's folder, or `"latest"` (or `True`): the newest whole one of `output_dir`, if any.
         """
+        self.resumed = None
         folder = self._choose(wanted)
         if folder is None:
             return None
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        self._epochs_done = int(state["epoch"] + 1e-9)
+        if [path for pattern in PICKLED_WEIGHTS for path in folder.glob(pattern)]:
+            raise UserError(f"{folder} holds pickled weights (.bin), which can run code; {_ANOTHER}")
+        state = read_state(folder)
+        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else folder
+        if best.exists() and best.resolve().parent != folder.resolve().parent:
+            raise UserError(f"{folder} names a best checkpoint outside of its run, {best}; {_ANOTHER}")
+        self._epochs_done = int(state.epoch + 1e-9)
         try:
             self.table.load(folder)
         except UserError as error:
             logger.warning("The item table is encoded anew: %s", error)
         if self.args.device.type == "cpu":  # of several processes it is "cpu:0", a place torch.load does not know
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
-        logger.info("Resuming from %s (step %d).", folder, state["global_step"])
+        logger.info("Resuming from %s (step %d).", folder, state.global_step)
         if not [path for pattern in ("optimizer.*", "global_step*") for path in folder.glob(pattern)]:
             logger.warning("%s holds no optimizer (`save_only_model`): it starts anew.", folder)
+        self.resumed = state
         return folder
+
+    def is_finished(self, max_steps: int) -> bool:
+        """
+        Whether the run that was resumed had come to its end: all steps taken, or stopped early under the same limit.
+        """
+        state = self.resumed
+        if state is None or state.global_step >= max_steps:
+            return state is not None
+        control = state.stateful_callbacks.get("TrainerControl") if state.stateful_callbacks else None
+        stopped = isinstance(control, dict) and control.get("args", {}).get("should_training_stop", False)
+        return bool(stopped) and state.max_steps == max_steps
 
     def _choose(self, wanted: str | bool | None) -> Path | None:
         if not wanted:
@@ -148,11 +227,9 @@ class CheckpointKeeper(TrainerCallback):
         folder = Path(str(wanted))
         if not (folder / "trainer_state.json").is_file():
             raise UserError(f"`resume_from_checkpoint`: {folder} is no checkpoint; give its folder, or '{LATEST}'.")
-        if (folder / MANIFEST).is_file() and not is_whole(folder):
-            raise UserError(
-                f"`resume_from_checkpoint`: files of {folder} are missing or cut short; give another checkpoint, or "
-                f"'{LATEST}' for the newest whole one."
-            )
+        if (folder / MANIFEST).is_file() and not is_whole(folder, content=True):
+            fault = "damaged" if is_whole(folder) else "missing or cut short"
+            raise UserError(f"`resume_from_checkpoint`: files of {folder} are {fault}; {_ANOTHER}")
         return folder
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
@@ -191,7 +268,7 @@ class CheckpointKeeper(TrainerCallback):
             self.accelerator.wait_for_everyone()
             if saves:
                 write_manifest(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, UserError) as error:
             if not is_write_error(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)

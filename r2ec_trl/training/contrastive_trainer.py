@@ -17,6 +17,7 @@ from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.training.guarded import GuardedTraining
+from r2ec_trl.training.inputs import check_inputs
 from r2ec_trl.training.objective import contrastive_loss, mean_pairwise_cosine
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 from r2ec_trl.training.telemetry import Telemetry
@@ -71,20 +72,23 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        items, train_dataset, eval_dataset = check_inputs(
+            args, ContrastiveConfig, item_dataset, train_dataset, eval_dataset
+        )
         set_seed(args.seed)
         if len(train_dataset) < args.per_device_train_batch_size * args.world_size:
             raise UserError(
                 f"`train_dataset` has {len(train_dataset)} users, fewer than one batch of "
                 f"{args.per_device_train_batch_size * args.world_size}; lower `per_device_train_batch_size`."
             )
-        self.prompts = Prompts(processing_class, args.prompt_config(), item_dataset)
+        self.prompts = Prompts(processing_class, args.prompt_config(), items)
         add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if peft_config is not None:
             model = get_peft_model(model, fit_adapter(peft_config, model))
         switch_dropout_off(model)  # the adapter's as well, as RecPO does
         if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        self.table = make_table(self.prompts, item_dataset, args.similarity, args.device)
+        self.table = make_table(self.prompts, items, args.similarity, args.device)
         args.dataloader_drop_last = True  # a ragged last batch would have fewer negatives
         super().__init__(
             model=model,

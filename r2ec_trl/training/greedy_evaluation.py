@@ -64,6 +64,7 @@ class GreedyEvaluation(_Base):
         was_training = self.model.training
         self.model.eval()
         reasoning = reasoning or self.reasoning
+        dataset = dataset.with_format(None)
         mine, rollouts = self.own_users(dataset, reasoning)
         with self.frozen_policy() as model:
             self.refresh_whole_table(model)
@@ -102,6 +103,9 @@ class GreedyEvaluation(_Base):
             [`~r2ec_trl.evaluation.users.summarise_users`].
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
         if dataset is None or len(dataset) == 0:
             raise UserError("`evaluate` has no users; give the trainer an `eval_dataset` with at least one.")
         dataset = dataset.select(range(min(len(dataset), self.args.max_eval_users or len(dataset))))

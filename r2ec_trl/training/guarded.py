@@ -1,5 +1,9 @@
 """What both trainers wire into transformers' loop: the guard around a run, and checkpoints that are whole."""
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +16,16 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def stable_rollout_func() -> Iterator[None]:
+    """TRL calls `rollout_func` experimental at each start; setup.cfg admits one minor release, whose tests pin it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+        yield
 
 
 class GuardedTraining(_Base):
@@ -41,6 +55,16 @@ class GuardedTraining(_Base):
         """Optimizer steps so far."""
         return self.state.global_step
 
+    @property
+    def last_rollout_example(self) -> dict[str, Any]:
+        """One rollout of the newest step with its user, rank and top items, for display."""
+        return next(iter(self.last_rollouts), {})
+
+    @property
+    def last_rollouts(self) -> list[dict[str, Any]]:
+        """Rollouts of different users of the newest step, `num_completions_to_print` of them (1 by default)."""
+        return self.telemetry.last_rollouts
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """
         As [`~transformers.Trainer`]'s.
@@ -53,7 +77,29 @@ class GuardedTraining(_Base):
             self.add_callback(SaveOnTerminate(self.accelerator))
         with self.guard:
             folder = self.keeper.resume_from(resume_from_checkpoint)
-            return super().train(None if folder is None else str(folder), *args, **kwargs)
+            with self._no_step_more():
+                return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    @contextmanager
+    def _no_step_more(self) -> Iterator[None]:
+        """A run that was finished is loaded and not trained: transformers' loop would take one step and then look."""
+        settings, resumed = self.args, self.keeper.resumed
+        max_steps = self._max_steps() if resumed is not None else 0
+        if resumed is None or not self.keeper.is_finished(max_steps):
+            yield
+            return
+        logger.warning("The run ended at step %d: nothing is left to train.", resumed.global_step)
+        kept = settings.max_steps, settings.num_train_epochs, settings.eval_on_start
+        settings.max_steps, settings.num_train_epochs, settings.eval_on_start = -1, 0, False
+        try:
+            yield
+        finally:
+            settings.max_steps, settings.num_train_epochs, settings.eval_on_start = kept
+            self.state.max_steps = max_steps
+
+    def _max_steps(self) -> int:
+        """Optimizer steps of the whole run, as transformers counts them."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1] or 0)
 
     def _prepare_inputs(self, inputs):
         self.telemetry.come_to("train")

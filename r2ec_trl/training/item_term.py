@@ -7,7 +7,7 @@ import torch
 
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.training.generation_batch import GenerationBatch
-from r2ec_trl.training.objective import candidate_logprobs, clipped_objective, item_credit_weights
+from r2ec_trl.training.objective import candidate_logprobs, cispo_objective, clipped_objective, item_credit_weights
 
 Encode = Callable[[Sequence[Sequence[int]]], torch.Tensor]
 
@@ -84,8 +84,8 @@ class ItemTerm:
                 The micro-batch: `advantages` and what [`~ItemTerm.prepare`] made.
             batch ([`~r2ec_trl.training.generation_batch.GenerationBatch`]):
                 The generation batch it is a part of.
-            normalizer (`torch.Tensor`, a scalar):
-                What one token's loss is divided by.
+            normalizer (`torch.Tensor`, a scalar or of shape `(rows,)`):
+                What one token's loss is divided by, see [`~r2ec_trl.training.objective.token_normalizer`].
             last (`bool`, *optional*, defaults to `True`):
                 Whether this is the last micro-step before an optimizer step or new rollouts.
 
@@ -104,8 +104,12 @@ class ItemTerm:
         logprobs = self.logprobs(projected, candidates, inputs["item_positions"][carried], batch)
         old = inputs["old_item_logprobs"][carried] if "old_item_logprobs" in inputs else logprobs.detach()
         advantages = inputs["advantages"][carried]
-        terms = clipped_objective(logprobs, old, advantages, self.epsilon_low, self.epsilon_high)  # (carried rows,)
-        loss = -terms.sum() / normalizer + candidates.sum() * 0.0
+        if self.settings.loss_type == "cispo":
+            terms = cispo_objective(logprobs, old, advantages, self.epsilon_high)  # (carried rows,)
+        else:
+            terms = clipped_objective(logprobs, old, advantages, self.epsilon_low, self.epsilon_high)
+        summed = (terms / normalizer[carried]).sum() if normalizer.ndim else terms.sum() / normalizer
+        loss = -summed + candidates.sum() * 0.0
         earlier = nothing
         if last:
             if self._gradient is not None:

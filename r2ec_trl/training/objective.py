@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from r2ec_trl.errors import UserError
+
 
 def rloo_factor(group_sizes: torch.Tensor) -> torch.Tensor:
     """
@@ -84,6 +86,65 @@ def clipped_objective(
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     return torch.min(ratio * advantages, clipped * advantages)
+
+
+def cispo_objective(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """
+    TRL's CISPO for one action: A log π, weighed by the ratio, which is capped (at `epsilon_high`) and has no gradient.
+
+    >>> cispo_objective(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([2.0]), 5.0)
+    tensor([-10.])
+    """
+    return torch.exp(logprobs - old_logprobs).clamp(max=cap).detach() * advantages * logprobs
+
+
+def token_normalizer(
+    loss_type: str,
+    mask: torch.Tensor,
+    generation_tokens: torch.Tensor,
+    max_length: int,
+    accumulation: int,
+    steps_per_generation: int,
+) -> torch.Tensor:
+    """
+    What TRL divides one token's loss by, so that M7 can weigh an item like one more token of its rollout.
+
+    Args:
+        loss_type (`str`):
+            TRL's.
+        mask (`torch.Tensor` of shape `(rows, T)`):
+            Trained tokens of the micro-batch.
+        generation_tokens (`torch.Tensor`, a scalar):
+            Trained tokens of the generation batch, a process's share of them.
+        max_length (`int`):
+            `max_completion_length`.
+        accumulation (`int`):
+            Micro-batches an optimizer step.
+        steps_per_generation (`int`):
+            Micro-batches a generation batch.
+
+    Returns:
+        `torch.Tensor`: a scalar, or one value a row where a row's own length counts.
+
+    >>> mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    >>> names = ("dapo", "bnpo", "luspo", "grpo")
+    >>> [token_normalizer(name, mask, torch.tensor(50.0), 4, 2, 1).tolist() for name in names]
+    [100.0, 10.0, 4.0, [16.0, 4.0]]
+    """
+    rows = torch.tensor(float(len(mask)), device=mask.device)
+    if loss_type in ("dapo", "cispo", "vespo"):
+        return generation_tokens * accumulation / steps_per_generation
+    if loss_type in ("grpo", "sapo"):  # a mean over rows of means over tokens
+        return mask.sum(dim=1).clamp(min=1.0) * rows * accumulation
+    if loss_type == "bnpo":
+        return mask.sum().clamp(min=1.0) * accumulation
+    if loss_type == "dr_grpo":
+        return rows * max_length * accumulation
+    if loss_type == "luspo":  # a mean over rows of sums over tokens
+        return rows * accumulation
+    raise UserError(f"`loss_type` {loss_type!r} is not known to the item term; add `--item_coef 0`, or use 'dapo'.")
 
 
 def contrastive_loss(

@@ -99,6 +99,13 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             "generation batch's tokens, else a round-robin slice of that size. The batch's targets always."
         },
     )
+    table_refresh_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Re-encode the whole table every so many optimizer steps, whatever it costs (the paper's "
+            "T_refresh). In between, and by default, `table_refresh_budget` decides."
+        },
+    )
     slice_table: bool = field(
         default=False,
         metadata={

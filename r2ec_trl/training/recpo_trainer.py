@@ -1,50 +1,45 @@
 """RecPO: GRPO with the recommendation as one more action (paper §3), as a thin subclass of TRL's trainer."""
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
-from r2ec_trl.items.scoring import exclusion_matrix
+from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.answer_state import add_answer_state
-from r2ec_trl.policy.checks import check_start, fit_adapter, switch_dropout_off
+from r2ec_trl.policy.checks import check_start, switch_dropout_off
 from r2ec_trl.policy.generation import stop_generate_at_marker
-from r2ec_trl.policy.loading import PolicyArguments, load_policy
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
-from r2ec_trl.rewards import checked_reward, load_reward
 from r2ec_trl.training.generation_batch import GenerationBatch, whole_groups
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
-from r2ec_trl.training.guarded import GuardedTraining
+from r2ec_trl.training.guarded import GuardedTraining, stable_rollout_func
+from r2ec_trl.training.inputs import (
+    as_given,
+    check_batch,
+    check_inputs,
+    numbered,
+    resolve_policy,
+    resolve_rewards,
+)
 from r2ec_trl.training.item_term import ItemTerm
 from r2ec_trl.training.launch import check_sharding
-from r2ec_trl.training.objective import rloo_factor
+from r2ec_trl.training.objective import rloo_factor, token_normalizer
 from r2ec_trl.training.recpo_config import RecPOConfig
+from r2ec_trl.training.reward_pass import RewardPass, as_sampled
 from r2ec_trl.training.telemetry import Telemetry
 from r2ec_trl.vllm.sync import vllm_backend
 
 logger = logging.getLogger(__name__)
 
-NUM_TOP_ITEMS = 10  # items a reward sees in `top_item_ids`
+OF_ROLL_OUT = ("_rollout", "_prompt_ids")
 NUM_WATCHED_PROMPTS = 2  # a process, whose log-probs vLLM is compared on
-
-
-@contextmanager
-def _stable_rollout_func() -> Iterator[None]:
-    """TRL calls `rollout_func` experimental at each start; setup.cfg admits one minor release, whose tests pin it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
-        yield
 
 
 class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
@@ -117,17 +112,11 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         **kwargs,
     ):
         args = args if args is not None else RecPOConfig("recpo-output")
-        if isinstance(model, str):
-            bits = kwargs.pop("quantization_config", None)
-            model, tokenizer = load_policy(PolicyArguments(model), True, args.trust_remote_code, quantization=bits)
-            processing_class = processing_class or tokenizer
-        peft_config = fit_adapter(peft_config, model)
-        if processing_class is None:
-            name = model.config._name_or_path
-            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        self.prompts = Prompts(processing_class, args.prompt_config(), item_dataset)
+        items, train_dataset, eval_dataset = check_inputs(args, RecPOConfig, item_dataset, train_dataset, eval_dataset)
+        check_batch(args, train_dataset)
+        model, processing_class, peft_config = resolve_policy(model, processing_class, peft_config, args, kwargs)
+        self.prompts = Prompts(processing_class, args.prompt_config(), items)
         self.reader = MarkerReader(processing_class, args.marker)
-        self._check_data(args, train_dataset)
         if clash := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
             raise UserError(
                 f"RecPOTrainer takes no `{clash[0]}`: a rollout is the policy's own words; use GRPOTrainer."
@@ -135,10 +124,10 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         check_sharding(args, peft_config is not None or hasattr(model, "peft_config"))
         # TRL tells truncation by a last end-of-sequence id, which no rollout of ours has: taken over in `roll_out`
         self._mask_truncated, args.mask_truncated_completions = args.mask_truncated_completions, False
-        with vllm_backend(args, self._timed_sync, lambda: self.eos_token_ids), _stable_rollout_func():
+        with vllm_backend(args, self._timed_sync, lambda: self.eos_token_ids), stable_rollout_func():
             super().__init__(
                 model=model,
-                reward_funcs=self._resolve_rewards(reward_funcs, args),
+                reward_funcs=resolve_rewards(reward_funcs, args),
                 args=args,
                 train_dataset=self._with_prompts(train_dataset),
                 eval_dataset=eval_dataset,
@@ -148,6 +137,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
                 rollout_func=self.roll_out,
                 **kwargs,
             )
+        self.reward_func_names = numbered(self.reward_func_names)
         self.chat_template_kwargs = self.prompts.chat.kwargs  # TRL renders the prompts again: under the same clock
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -155,44 +145,20 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             stop_generate_at_marker(base_model, self.reader)
         slices = self.accelerator if args.slice_table else None
-        self.table = make_table(self.prompts, item_dataset, args.similarity, self.accelerator.device, slices)
+        self.table = make_table(self.prompts, items, args.similarity, self.accelerator.device, slices)
         if args.disable_dropout:
             switch_dropout_off(self.model)
-        check_start(
-            self.model, self.prompts, self.table.token_ids, args.max_completion_length, trains=args.disable_dropout
-        )
-        self.guard_training(Telemetry(self.accelerator, self.steps_taken, self._metrics["train"], args.watch_steps))
+        texts, length = self.table.token_ids, args.max_completion_length
+        check_start(self.model, self.prompts, texts, length, trains=args.disable_dropout)
+        shown = args.num_completions_to_print or 1
+        series = self._metrics["train"]
+        self.guard_training(Telemetry(self.accelerator, self.steps_taken, series, args.watch_steps, shown))
+        self.reward_pass = RewardPass(self.table, self.prompts, args, self.accelerator, self.telemetry)
         self.item_term = ItemTerm(self.table, args, self._encode_with_gradient, self.is_deepspeed_enabled)
-
-    @property
-    def last_rollout_example(self) -> dict[str, Any]:
-        """One rollout of the newest step with its user, rank and top items, for display."""
-        return self.telemetry.last_rollout
 
     # ------------------------------------------------------------------ set-up
     def _timed_sync(self) -> AbstractContextManager:
         return self.telemetry.timed("sync") if self.model.training else nullcontext()  # an evaluation's is no step's
-
-    @staticmethod
-    def _check_data(args: RecPOConfig, train_dataset: Dataset | None) -> None:
-        if train_dataset is None or len(train_dataset) == 0:
-            raise UserError("`train_dataset` is empty; give at least one generation batch of users.")
-        users = args.generation_batch_size // args.num_generations
-        if len(train_dataset) < users:
-            raise UserError(
-                f"`train_dataset` has {len(train_dataset)} users, fewer than the {users} of one generation batch "
-                f"({args.generation_batch_size} rollouts / {args.num_generations} a user); lower the batch size."
-            )
-        if left := len(train_dataset) % users:
-            logger.warning("%d of %d users do not fill a generation batch each epoch.", left, len(train_dataset))
-
-    @staticmethod
-    def _resolve_rewards(reward_funcs: Any, args: RecPOConfig) -> list[Callable]:
-        specs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs or "fused"]
-        loaded = [load_reward(s, args.reward_mix, args.reward_cutoff) if isinstance(s, str) else s for s in specs]
-        if args.reward_weights is not None and len(args.reward_weights) != len(loaded):
-            raise UserError(f"{len(loaded)} reward functions, but {len(args.reward_weights)} `reward_weights`.")
-        return [func if isinstance(func, torch.nn.Module) else checked_reward(func) for func in loaded]
 
     def _with_prompts(self, dataset: Dataset) -> Dataset:
         return dataset.map(
@@ -215,8 +181,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
                 This one; TRL passes it.
 
         Returns:
-            `dict`: what TRL trains on, and `rollout` and `prompt_tokens`, which it puts into the rows that the
-            rewards see.
+            `dict`: what TRL trains on, and [`OF_ROLL_OUT`], which it puts into the rows of `_calculate_rewards`.
         """
         prompt_ids = [self.prompts.chat.ids(messages) for messages in prompts]
         with self.telemetry.timed("generate"):
@@ -233,8 +198,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             "completion_ids": [r.ids for r in rollouts],
             "logprobs": logprobs,
             "env_mask": [[0] * len(r.ids) if self._is_masked(r) else r.trained for r in rollouts],
-            "rollout": rollouts,
-            "prompt_tokens": prompt_ids,
+            **dict(zip(OF_ROLL_OUT, (rollouts, prompt_ids), strict=True)),
         }
 
     def _is_masked(self, rollout: Rollout) -> bool:
@@ -242,89 +206,31 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
 
     # -------------------------------------------------------- score and reward
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rollouts, prompt_ids = ([row[name] for row in inputs] for name in ("rollout", "prompt_tokens"))
-        sequences = [prompt + rollout.ids for prompt, rollout in zip(prompt_ids, rollouts, strict=True)]
-        targets = torch.tensor(self.table.row_indices(row["target"] for row in inputs), device=self.table.device)
-        candidates = self._distinct_targets(targets)
-        excluded = None
-        if self.args.mask_history:
-            excluded = exclusion_matrix([self.table.row_indices(row["history"]) for row in inputs], self.table.device)
-        score = partial(self.table.rank, targets=targets, temperature=self.args.item_temperature, excluded=excluded)
-        watched, stale, stale_rank = self.telemetry.is_watched_step, None, None
+        rollouts, prompt_ids = ([row[name] for row in inputs] for name in OF_ROLL_OUT)
+        rows = [{name: row[name] for name in row if name not in OF_ROLL_OUT} for row in map(as_given, inputs)]
         self.telemetry.rollouts(rollouts)
         with self.frozen_policy() as model:
-            encoder = make_encoder(model, self.prompts, self.args.forward_token_budget)
-            with self.telemetry.timed("score"):
-                states = self.table.project(encoder(sequences, prompt_lengths=[*map(len, prompt_ids)]))
-                states = states.to(self.table.device)
-            with self.telemetry.timed("items"):
-                encoder = share_encoding(encoder, self.accelerator, self.table)
-                if not self._refresh_table(encoder, candidates, sum(gather_object([sum(map(len, sequences))]))):
-                    stale = self.table.take(candidates)
-                    stale_rank = score(states).rank if watched else None
-                    self.table.refresh(encoder, candidates)
-            if watched:
+            scored = self.reward_pass(model, rows, prompt_ids, rollouts)
+            if self.telemetry.is_watched_step:
                 self._watch_sampler(model, prompt_ids)
-        with self.telemetry.timed("score"):
-            scores = score(states)
-            best = self.table.best(states, NUM_TOP_ITEMS, excluded=excluded)[1].tolist()
-        if watched:
-            self.telemetry.table(self.table, candidates, stale, stale_rank, scores.rank)
-        columns = [*map(torch.Tensor.tolist, (scores.rank, scores.logprob.exp(), scores.score)), best]
-        rows = [
-            {
-                **{name: value for name, value in row.items() if name not in ("rollout", "prompt_tokens")},
-                "target_rank": rank,
-                "target_prob": prob,
-                "target_score": value,
-                "top_item_ids": [self.table.item_ids[i] for i in indices if i >= 0],
-                "num_items": len(self.table),
-            }
-            for row, rank, prob, value, indices in zip(inputs, *columns, strict=True)
-        ]
-        completions = [self._as_sampled(each, rollout) for each, rollout in zip(completions, rollouts, strict=True)]
+        rows = [{**row, **more, "num_items": len(self.table)} for row, more in zip(rows, scored.rows(), strict=True)]
+        completions = [as_sampled(*pair, self._tokenizer) for pair in zip(completions, rollouts, strict=True)]
         texts = [completion[0]["content"] for completion in completions]
-        self.telemetry.recommendations(self.prompts.titles, rows, texts, scores)
+        self.telemetry.recommendations(self.prompts.titles, rows, texts, scored.scores)
         with self.guard.keeping(lambda: [{**row, "completion": text} for row, text in zip(rows, texts, strict=True)]):
             rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         self.batch = GenerationBatch(
             prompts=prompt_ids,
             rollouts=rollouts,
-            targets=targets,
-            candidates=candidates,
-            states=states,
-            target_rows=self.table.take(candidates),
+            targets=scored.targets,
+            candidates=scored.candidates,
+            states=scored.states,
+            target_rows=self.table.take(scored.candidates),
             # an evaluation gives the table new rows: ratios compare like with like
             catalogue_rows=self.table.rows if self.args.item_negatives == "catalogue" else None,
             rewards=rewards,
         )
         return rewards
-
-    def _distinct_targets(self, targets: torch.Tensor) -> list[int]:
-        """The distinct targets of all processes, ascending."""
-        candidates = sorted(set(gather_object(targets.tolist())))
-        if len(candidates) < 2 and self.args.item_coef and self.args.item_negatives == "batch":
-            raise UserError(
-                "All users of a generation batch share one target, so the item term has nothing to compare it with; "
-                "use more users a batch, `--item_negatives catalogue`, or `--item_coef 0`."
-            )
-        return candidates
-
-    def _refresh_table(self, encoder: Callable, candidates: list[int], batch_tokens: int) -> bool:
-        """Re-encode as much as the budget allows besides the candidates; says whether that was the whole table."""
-        budget = int(self.args.table_refresh_budget * batch_tokens)
-        if self.table.is_empty or self.table.num_tokens <= budget:
-            self.table.refresh(encoder)
-            return True
-        self.table.refresh(encoder, [row for row in self.table.next_slice(budget) if row not in set(candidates)])
-        return False
-
-    def _as_sampled(self, completion: list[dict[str, str]], rollout: Rollout) -> list[dict[str, str]]:
-        """The message without a marker that the policy did not write."""
-        if rollout.has_marker:
-            return completion
-        text = self._tokenizer.decode(rollout.ids[: sum(rollout.trained)], skip_special_tokens=True)
-        return [{**completion[0], "content": text}]
 
     def _watch_sampler(self, model: Any, prompt_ids: list[list[int]]) -> None:
         """Log how far vLLM's log-probs are from the policy's, where TRL does not: truncated sampling."""
@@ -367,8 +273,14 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
 
         loss = self.args.token_coef * super()._compute_loss(keep_states, inputs)
         if self.args.item_coef:
-            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            normalizer = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            normalizer = token_normalizer(
+                self.loss_type,
+                inputs["completion_mask"] * inputs["tool_mask"],
+                inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes,
+                self.max_completion_length,
+                self.current_gradient_accumulation_steps,
+                self.args.steps_per_generation,
+            )
             item_loss, earlier, *figures = self.item_term.loss(
                 torch.cat(states), inputs, self.batch, normalizer, self._is_last_micro_step
             )

@@ -33,11 +33,13 @@ class Telemetry(TrainerCallback):
             Where figures go until they are logged (TRL's own).
         watch_steps (`int`, *optional*, defaults to 0):
             Every so many steps the costly figures are measured; 0 never.
+        num_rollouts (`int`, *optional*, defaults to 1):
+            How many rollouts of a generation batch are kept for display, each of another user.
 
     Attributes:
         phase (`str`): what the run is doing, a key of [`~r2ec_trl.training.faults.MEMORY_KNOBS`].
         watch ([`~r2ec_trl.training.process_watch.ProcessWatch`], *optional*): tells the other processes.
-        last_rollout (`dict`): one rollout with its user, rank and top items, for display.
+        last_rollouts (`list[dict]`): rollouts with their users, ranks and top items, for display.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Telemetry(TrainerCallback):
         step: Callable[[], int],
         series: dict[str, list[float]] | None = None,
         watch_steps: int = 0,
+        num_rollouts: int = 1,
     ):
         self.accelerator, self.step, self.watch_steps = accelerator, step, watch_steps
+        self.num_rollouts = num_rollouts
         self.series: dict[str, list[float]] = defaultdict(list) if series is None else series
         self.phase = "train"
         self.watch: ProcessWatch | None = None
-        self.last_rollout: dict[str, Any] = {}
+        self.last_rollouts: list[dict[str, Any]] = []
         self._seconds: dict[str, float] = defaultdict(float)  # of the step's parts so far
         self._normed_step: int | None = None
 
@@ -137,7 +141,7 @@ class Telemetry(TrainerCallback):
         self, titles: dict[str, str], rows: Sequence[dict[str, Any]], texts: Sequence[str], scores: CatalogueScores
     ) -> None:
         """
-        Ranks of all processes' targets, and one rollout to show.
+        Ranks of all processes' targets, and rollouts to show.
 
         Args:
             titles (`dict[str, str]`):
@@ -150,14 +154,18 @@ class Telemetry(TrainerCallback):
         ranks = self.accelerator.gather(scores.rank.float())
         hits = (ranks <= 10).float().mean().item()
         self.add(**{"recommendation/hit@10": hits, "recommendation/mean_log_rank": ranks.log().mean().item()})
-        self.last_rollout = {
-            "user_id": rows[0]["user_id"],
-            "history_titles": [titles[item_id] for item_id in rows[0]["history"]],
-            "reasoning": texts[0],
-            "target_title": titles[rows[0]["target"]],
-            "rank": rows[0]["target_rank"],
-            "top_titles": [titles[item_id] for item_id in rows[0]["top_item_ids"]],
-        }
+        first = {row["user_id"]: at for at, row in reversed(list(enumerate(rows)))}  # one rollout a user
+        self.last_rollouts = [
+            {
+                "user_id": rows[at]["user_id"],
+                "history_titles": [titles[item_id] for item_id in rows[at]["history"]],
+                "reasoning": texts[at],
+                "target_title": titles[rows[at]["target"]],
+                "rank": rows[at]["target_rank"],
+                "top_titles": [titles[item_id] for item_id in rows[at]["top_item_ids"]],
+            }
+            for at in sorted(first.values())[: self.num_rollouts]
+        ]
 
     def item(self, loss: torch.Tensor, logprob: torch.Tensor | None, clip_ratio: torch.Tensor | None) -> None:
         """The item term of a micro-batch."""

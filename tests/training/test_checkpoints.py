@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import shutil
 
 import kill_resume
@@ -10,7 +11,15 @@ import torch
 from transformers import TrainerCallback
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.training.checkpoints import MANIFEST, checkpoints, is_whole, latest_checkpoint, remove_old_checkpoints
+from r2ec_trl.training.checkpoints import (
+    MANIFEST,
+    checkpoints,
+    is_whole,
+    latest_checkpoint,
+    read_state,
+    remove_old_checkpoints,
+    write_manifest,
+)
 
 STEPS = 7
 RUN = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "table_refresh_budget": 0.1, "seed": 3}
@@ -179,6 +188,177 @@ def test_a_half_written_folder_of_the_same_step_is_replaced(make_trainer, shop, 
     train(make_trainer, shop, tmp_path / "run", max_steps=2)
     assert is_whole(leftover) and not (leftover / "rng_state_7.pth").exists()
     shutil.rmtree(leftover)
+
+
+@pytest.mark.parametrize("steps", [2, 3])  # within an epoch, and at its end
+def test_a_finished_run_is_not_trained_any_further(make_trainer, shop, tmp_path, caplog, steps):
+    first, _ = train(make_trainer, shop, tmp_path / "run", max_steps=steps)
+    with caplog.at_level(logging.WARNING):
+        again, users = train(make_trainer, shop, tmp_path / "run", resume="latest", max_steps=steps)
+    assert users == {} and again.state.global_step == again.state.max_steps == steps
+    assert again.args.max_steps == steps and f"ended at step {steps}: nothing is left to train" in caplog.text
+    expected = weights_of(first)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(again).items())
+    more, users = train(make_trainer, shop, tmp_path / "run", resume="latest", max_steps=steps + 1)
+    assert list(users) == [steps + 1]
+
+
+def test_a_run_that_was_stopped_early_is_finished_and_its_best_weights_are_loaded(make_trainer, shop, tmp_path):
+    class Early(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 3
+
+    settings = {
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "max_eval_users": 2,
+        "load_best_model_at_end": True,
+    }
+    ends = []
+    for resume in (None, "latest"):
+        torch.manual_seed(0)
+        args = {**RUN, "output_dir": str(tmp_path / "run"), **settings}
+        trainer = make_trainer(train=shop["train"].select(range(6)), callbacks=[Early()], **args)
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append((trainer.state.global_step, trainer.state.best_model_checkpoint, weights_of(trainer)))
+    assert ends[0][:2] == ends[1][:2] and ends[0][0] == 3
+    assert all(torch.equal(value, ends[0][2][name]) for name, value in ends[1][2].items())
+    latest = torch.load(tmp_path / "run" / "checkpoint-3" / "optimizer.pt", weights_only=True)
+    assert latest["state"]  # there was something to go on with
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+@pytest.fixture(scope="module")
+def saved(shop, tiny_model, chat_tokenizer, tmp_path_factory):
+    """A run of one step with its checkpoint: read only."""
+    from conftest import QUICK
+
+    from r2ec_trl.training.recpo_config import RecPOConfig
+    from r2ec_trl.training.recpo_trainer import RecPOTrainer
+
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    args = RecPOConfig(str(folder), **{**QUICK, "max_steps": 1, "save_strategy": "steps", "save_steps": 1})
+    RecPOTrainer(tiny_model("llama"), shop["items"], None, args, shop["train"], None, chat_tokenizer).train()
+    return folder / "checkpoint-1"
+
+
+@pytest.fixture
+def keeper(make_trainer, saved, tmp_path):
+    """`keeper(change)` copies the checkpoint, changes the copy, and returns what takes it up, and the folder."""
+    trainer = make_trainer(peft=False, max_steps=1)
+
+    def take(change):
+        copy = shutil.copytree(saved, tmp_path / f"copy{len(list(tmp_path.iterdir()))}" / saved.name)
+        change(copy)
+        trainer.keeper.args.output_dir = str(copy.parent)
+        return trainer.keeper, copy
+
+    return take
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(data))
+
+
+def test_one_flipped_bit_of_the_weights_is_noticed(keeper, caplog):
+    weights, copy = keeper(lambda folder: flip(folder / "model.safetensors", 8 * 50_000 + 3))
+    assert is_whole(copy) and not is_whole(copy, content=True)
+    with pytest.raises(UserError, match="files of .* are damaged; give another checkpoint"):
+        weights.resume_from(str(copy))
+    with caplog.at_level(logging.WARNING):
+        assert weights.resume_from("latest") is None
+    assert "is damaged: skipped" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_hundred_flipped_bits_are_noticed_or_do_no_harm(saved, keeper, make_trainer):
+    """Every file is hit, the manifest too: the checkpoint is refused, or what is read is what was written."""
+    draw, harmless = random.Random(0), 0
+    files = sorted(path.name for path in saved.iterdir())
+    expected = read_state(saved)
+    for number in range(100):
+        name = files[number % len(files)]
+
+        def change(folder, name=name):
+            flip(folder / name, draw.randrange(8 * (folder / name).stat().st_size))
+
+        taker, copy = keeper(change)
+        try:
+            taker.resume_from(str(copy))
+        except UserError:
+            shutil.rmtree(copy.parent)
+            continue
+        assert name == MANIFEST, name
+        assert read_state(copy) == expected and all(
+            (copy / each).read_bytes() == (saved / each).read_bytes() for each in files if each != MANIFEST
+        )
+        harmless += 1
+        shutil.rmtree(copy.parent)
+    assert harmless < 10
+
+
+def write_state(**values):
+    def change(folder):
+        path = folder / "trainer_state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        write_manifest(folder)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"global_step": "1"},
+        {"global_step": None},
+        {"global_step": -1},
+        {"global_step": True},
+        {"epoch": float("nan")},
+        {"max_steps": [4]},
+        {"log_history": {"a": 1}},
+        {"log_history": ["a"]},
+        {"best_model_checkpoint": 3},
+        {"stateful_callbacks": []},
+        {"surprise": 1},
+    ],
+    ids=str,
+)
+def test_a_state_of_other_types_is_one_sentence_that_names_the_field(keeper, values):
+    taker, copy = keeper(write_state(**values))
+    with pytest.raises(UserError, match=f"trainer_state.json: `{next(iter(values))}` is not what transformers"):
+        taker.resume_from(str(copy))
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "[" * 100_000, "\xff", "{"])
+def test_a_state_that_is_no_object_is_one_sentence(keeper, text):
+    def change(folder):
+        (folder / "trainer_state.json").write_text(text, encoding="latin-1")
+        write_manifest(folder)
+
+    taker, copy = keeper(change)
+    with pytest.raises(UserError, match="trainer_state.json"):
+        taker.resume_from(str(copy))
+
+
+def test_pickled_weights_and_paths_outside_are_refused(keeper, tmp_path):
+    taker, copy = keeper(lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"))
+    with pytest.raises(UserError, match="holds pickled weights"):
+        taker.resume_from(str(copy))
+    (tmp_path / "elsewhere").mkdir()
+    taker, copy = keeper(write_state(best_model_checkpoint=str(tmp_path / "elsewhere")))
+    with pytest.raises(UserError, match="names a best checkpoint outside of its run"):
+        taker.resume_from(str(copy))
+
+
+def test_a_manifest_of_sizes_alone_still_counts(saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "checkpoint-1")
+    files = {path.name: path.stat().st_size for path in copy.iterdir() if path.name != MANIFEST}
+    (copy / MANIFEST).write_text(json.dumps({"files": files}))
+    assert is_whole(copy, content=True)
 
 
 @pytest.mark.slow

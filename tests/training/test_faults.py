@@ -192,7 +192,7 @@ def test_out_of_memory_names_the_knob_of_its_phase(make_trainer, monkeypatch, ph
     place = {
         "generate": "trl.GRPOTrainer._generate_single_turn",
         "score": "r2ec_trl.items.table.ItemTable.rank",
-        "items": "r2ec_trl.training.recpo_trainer.RecPOTrainer._refresh_table",
+        "items": "r2ec_trl.training.reward_pass.RewardPass.refresh",
         "train": "r2ec_trl.training.item_term.ItemTerm.loss",
         "evaluate": "r2ec_trl.training.greedy_evaluation.evaluate_users",
     }[phase]

@@ -31,6 +31,7 @@ def make():
             "gradient_accumulation_steps": 1,
             "item_gradient": "candidates",
             "item_temperature": 1.0,
+            "loss_type": "dapo",
             "epsilon": 0.2,
             "epsilon_high": 0.28,
         }

@@ -414,6 +414,102 @@ def test_table_figures_under_a_small_budget(make_trainer, replay, sample):
     assert drifts[0] == 0 and drifts[1] > 0
 
 
+def fresh_rows(trainer):
+    """How many rows of the table are those of the weights as they are."""
+    from r2ec_trl.items.encoding import make_encoder
+
+    with torch.no_grad():
+        encoder = make_encoder(trainer.model, trainer.prompts, 9_999)
+        now = trainer.table.project(encoder(trainer.table.token_ids))
+    return sum(torch.allclose(a, b, atol=1e-5) for a, b in zip(trainer.table.rows, now, strict=True))
+
+
+@pytest.mark.parametrize("every, expected", [(None, [40, 2, 2, 2]), (2, [40, 2, 40, 2]), (1, [40, 40, 40, 40])])
+def test_the_whole_table_is_fresh_every_so_many_steps(make_trainer, replay, sample, every, expected):
+    """Without a budget, two targets a step are all that is fresh in between; counted as the rewards are given."""
+    counts = []
+
+    def reward(completions, **kwargs):
+        counts.append(fresh_rows(trainer))
+        return [0.1 * i for i in range(len(completions))]
+
+    replay(sample)
+    trainer = make_trainer(
+        reward=reward, table_refresh_steps=every, table_refresh_budget=0.0, learning_rate=1e-2, max_steps=4
+    )
+    trainer.train()
+    assert counts == expected
+
+
+def test_a_budget_goes_round_the_table(make_trainer, replay, sample, monkeypatch):
+    """Eight rows a step besides the targets: after five steps every row was encoded since the first."""
+    from r2ec_trl.items.table import ItemTable
+
+    inner, refreshed = ItemTable.refresh, []
+    monkeypatch.setattr(
+        ItemTable,
+        "refresh",
+        lambda self, encoder, indices=None: (refreshed.append(indices), inner(self, encoder, indices))[1],
+    )
+    replay(sample)
+    trainer = make_trainer(table_refresh_budget=0.25, max_steps=8)
+    trainer.train()
+    slices = [set(rows) for rows in refreshed[1::2]]
+    assert refreshed[0] is None and all(slices) and None not in refreshed[1:]
+    assert set.union(*slices, *(set(rows) for rows in refreshed[2::2])) == set(range(40))
+
+
+def test_rollouts_for_display_are_of_different_users(make_trainer, replay, sample):
+    replay(sample)
+    for number, users in {None: 1, 2: 2, 9: 2}.items():
+        trainer = make_trainer(num_completions_to_print=number, max_steps=1)
+        trainer.train()
+        shown = trainer.last_rollouts
+        assert len({rollout["user_id"] for rollout in shown}) == len(shown) == users
+        assert trainer.last_rollout_example == shown[0]
+
+
+# ---------------------------------------------------------------------------------------------------- loss types
+@pytest.mark.parametrize("name", ["grpo", "sapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo"])
+def test_an_item_weighs_like_one_more_token_under_each_loss_type(make_trainer, replay, name):
+    """
+    At ratio 1 the gradient of every loss type is -w Σ A ∇log π, and the item's is -w A ∇log π: both norms grow alike
+    from dapo's, whose w is 1 / (32 tokens). CISPO caps the ratio at `epsilon_high`, .2 by default, for both.
+    """
+
+    def measure(loss_type):
+        replay(lambda prompt_ids, number: [50 + number, 60, 70, 80])
+        level = "sequence" if loss_type == "luspo" else "token"
+        torch.manual_seed(0)
+        trainer = make_trainer(loss_type=loss_type, importance_sampling_level=level, max_steps=1, watch_steps=0)
+        inner, item, norms = trainer._compute_loss, trainer.item_term.loss, []
+
+        def norm(loss):
+            parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            return sum(g.square().sum() for g in gradients if g is not None).sqrt().item()
+
+        def item_loss(*args):
+            result = item(*args)
+            norms.append(result[0])
+            return result
+
+        def compute(model, inputs):
+            advantages = torch.zeros_like(inputs["advantages"])
+            advantages[inputs["item_weights"].argmax()] = 1.0
+            loss = inner(model, {**inputs, "advantages": advantages})
+            norms[:] = norm(norms[0]), norm(loss - norms[0])
+            return loss
+
+        trainer._compute_loss, trainer.item_term.loss = compute, item_loss
+        trainer.train()
+        return norms
+
+    item, tokens = measure("dapo")
+    other_item, other_tokens = measure(name)
+    assert other_item / item == pytest.approx(other_tokens / tokens, rel=1e-3) and min(item, tokens) > 0.01
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 def test_users_mistakes_are_one_sentence(make_trainer, shop, replay, sample):
     with pytest.raises(UserError, match="fewer than the 2 of one generation batch"):

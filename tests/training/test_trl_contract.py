@@ -49,7 +49,7 @@ def test_the_loss_calls_the_model_once_and_by_keyword():
 
 
 def test_rollout_func_is_given_prompts_and_its_fields_reach_the_rewards():
-    """RecPOTrainer.roll_out returns `env_mask`, and `rollout` and `prompt_tokens` for its `_calculate_rewards`."""
+    """RecPOTrainer.roll_out returns `env_mask`, and what `OF_ROLL_OUT` names for its `_calculate_rewards`."""
     source = inspect.getsource(GRPOTrainer._generate)
     assert "output = self.rollout_func(prompts, self)" in source
     assert 'required_keys = {"prompt_ids", "completion_ids", "logprobs"}' in source
@@ -133,7 +133,7 @@ def test_what_generate_returns_and_logs(make_trainer, chat_tokenizer, replay):
     marker = trainer.reader.marker_ids
     assert completion_ids == [[50, 60 + number, *marker] for number in range(4)]
     assert tool_mask == [[1, 1] + [0] * len(marker)] * 4 and logprobs is None
-    assert set(extra) == {"rollout", "prompt_tokens"} and completions[0][0]["role"] == "assistant"
+    assert set(extra) == {"_rollout", "_prompt_ids"} and completions[0][0]["role"] == "assistant"
     lengths = [f"{which}_{what}" for which in ("mean", "min", "max") for what in ("length", "terminated_length")]
     for name in ["clipped_ratio", *lengths]:
         values = trainer._metrics["train"][f"completions/{name}"]
@@ -154,7 +154,7 @@ def test_keys_of_the_batch(make_trainer, replay):
         "num_items_in_batch",
         "tool_mask",
     }
-    assert set(batch) == theirs | {"item_weights", "item_positions"}
+    assert set(batch) == theirs | {"item_weights", "item_positions", "group"}
     assert batch["num_items_in_batch"].ndim == 0 and batch["advantages"].shape == (8,)
     assert batch["tool_mask"].shape == batch["completion_mask"].shape
     assert (

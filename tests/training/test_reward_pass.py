@@ -1,0 +1,69 @@
+"""The reward pass: what rewards see is scored against fresh rows of the batch's targets, whatever the budget."""
+
+import pytest
+import torch
+
+from r2ec_trl.items.encoding import make_encoder
+from r2ec_trl.policy.rollouts import Rollout
+from r2ec_trl.training.reward_pass import as_sampled
+
+
+@pytest.fixture
+def rollouts(replay, chat_tokenizer):
+    marker = chat_tokenizer("<answer>", add_special_tokens=False)["input_ids"]
+    return replay(lambda prompt_ids, number: [40 + len(prompt_ids) % 50 + number, 60, *marker])
+
+
+@pytest.mark.parametrize("watch_steps", [0, 1])
+def test_ranks_and_scores_are_those_of_freshly_encoded_targets(make_trainer, rollouts, watch_steps):
+    """
+    No budget, and a step between: the rest of the table is that of the start, the targets are encoded anew, and what
+    the rewards see are the scores against just these rows, also where the old ones are measured beside.
+    """
+    seen = []
+
+    def reward(completions, **kwargs):
+        with torch.no_grad():
+            encoder = make_encoder(trainer.model, trainer.prompts, 9_999)
+            fresh = trainer.table.project(encoder(trainer.table.token_ids))
+        rows = start.clone() if seen else fresh  # the first pass encodes everything
+        targets = trainer.table.row_indices(kwargs["target"])
+        rows[targets] = fresh[targets]
+        seen.append((kwargs, rows))
+        return [0.1 * i for i in range(len(completions))]
+
+    trainer = make_trainer(
+        reward=reward, table_refresh_budget=0.0, learning_rate=3e-2, max_steps=2, watch_steps=watch_steps
+    )
+    trainer.train_dataset = trainer.train_dataset.select(range(2))  # the same two targets twice
+    inner = trainer.reward_pass.refresh
+    start = torch.empty(0)
+
+    def keep(*args):
+        nonlocal start
+        whole = inner(*args)
+        start = trainer.table.rows.clone() if whole else start
+        return whole
+
+    trainer.reward_pass.refresh = keep
+    trainer.train()
+    kwargs, rows = seen[1]
+    states = trainer.batch.states
+    scores = states @ rows.T
+    for i, target in enumerate(trainer.table.row_indices(kwargs["target"])):
+        assert kwargs["target_score"][i] == pytest.approx(scores[i, target].item(), abs=1e-5)
+        assert kwargs["target_rank"][i] == 1 + int((scores[i] > scores[i, target] + 1e-7).sum())
+    assert not torch.allclose(rows[trainer.batch.candidates], start[trainer.batch.candidates], atol=1e-3)
+    assert torch.allclose(trainer.batch.target_rows, rows[trainer.batch.candidates], atol=1e-5)
+
+
+def test_rewards_read_what_the_policy_wrote(chat_tokenizer):
+    """An appended marker is no word of the policy's; one it wrote stays."""
+    ids = chat_tokenizer("drum", add_special_tokens=False)["input_ids"]
+    marker = chat_tokenizer("<answer>", add_special_tokens=False)["input_ids"]
+    message = [{"role": "assistant", "content": "drum<answer>"}]
+    trained = [1] * len(ids) + [0] * len(marker)
+    without = Rollout(ids + marker, trained, False, False, False)
+    assert as_sampled(message, without, chat_tokenizer) == [{"role": "assistant", "content": "drum"}]
+    written = Rollout(ids + marker, [1] * len(trained), True, False, False)
+    assert as_sampled(message, written, chat_tokenizer) == message
