@@ -27,10 +27,10 @@ ELSEWHERE = {
     "pytest": ".ci/run",
     ".ci/run": ".ci/run",
     "CUDA_VISIBLE_DEVICES=3 VLLM_SERVER_DEV_MODE=1": "tests/vllm_backend/test_engine.py",
-    "python recipes/prepare_data.py --source table": "tests/data/test_sources.py",
-    "python recipes/prepare_data.py --source movielens": "tests/data/test_sources.py",
-    "python recipes/prepare_data.py --source recbole": "tests/data/test_sources.py",
-    "python recipes/prepare_data.py --config recipes/configs/data_paper.yaml": "tests/data/test_sources.py",
+    "python recipes/prepare_data.py --source table": "tests/data/sources/test_table.py",
+    "python recipes/prepare_data.py --source movielens": "tests/data/sources/test_movielens.py",
+    "python recipes/prepare_data.py --source recbole": "tests/data/sources/test_recbole.py",
+    "python recipes/prepare_data.py --config recipes/configs/data_paper.yaml": "tests/data/sources/test_amazon.py",
 }
 # Run here, in this order, with words that make it short; DIR, users.jsonl and outputs/demo are made by the fixture
 DEMO = "--max_steps 1 --max_test_users 9 --eval_strategy no --save_strategy no --load_best_model_at_end false".split()

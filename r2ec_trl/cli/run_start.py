@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from r2ec_trl.bundle.format import META_FILE
+from r2ec_trl.bundle.format import check_output
 from r2ec_trl.cli.dataset_choice import DataArguments
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
@@ -72,11 +72,7 @@ def started(run_args: RunArguments, args: Any, policy_args: Any) -> Iterator[Non
     main = args.process_index == 0
     start_logging(main)
     folder = check_writable(args.output_dir)
-    bundle = folder / "bundle"
-    if bundle.exists() and not (bundle / META_FILE).is_file() and (not bundle.is_dir() or any(bundle.iterdir())):
-        raise UserError(
-            f"{str(bundle)!r} exists and is no bundle, so none could be saved; choose another --output_dir."
-        )
+    check_output(folder / "bundle")
     if run_args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise UserError("--early_stopping_patience counts evaluations and there are none; add --eval_strategy steps.")
     if main:

@@ -1,0 +1,85 @@
+"""Any table: columns by name, dates, given splits, bad rows."""
+
+import gzip
+
+import polars as pl
+import pytest
+
+from r2ec_trl.data import import_table
+from r2ec_trl.errors import UserError
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+TABLE = {"customer": ["a/../b", "ü"], "product": ["1", "2"], "bought": [1000, 2500], "stars": [1.5, 5.0]}
+
+
+COLUMNS = {"user_column": "customer", "item_column": "product", "time_column": "bought", "rating_column": "stars"}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet", "t.csv.gz", "t.jsonl.gz"])
+def test_tables(tmp_path, name):
+    frame, path = pl.DataFrame(TABLE), tmp_path / name
+    if "csv" in name:
+        put(path, frame.write_csv().encode())
+    elif "tsv" in name:
+        put(path, frame.write_csv(separator="\t").encode())
+    elif "jsonl" in name:
+        put(path, frame.write_ndjson().encode())
+    else:
+        frame.write_parquet(path)
+    (tmp_path / "items.csv").write_text("product,name,colour\n1,One,red\n2,,blue\n")
+    source = import_table(path, tmp_path / "items.csv", **COLUMNS, title_column="name", timestamp_unit="ms")
+    assert source.interactions.rows() == [("a/../b", "1", 1.5, 1000), ("ü", "2", 5.0, 2500)]
+    assert source.ticks_per_second == 1000
+    assert source.items.to_dicts() == [
+        {"item_id": "1", "title": "One", "colour": "red"},
+        {"item_id": "2", "title": None, "colour": "blue"},
+    ]
+
+
+def test_table_with_dates_and_splits(tmp_path):
+    frame = pl.DataFrame({"user_id": [1, 1], "item_id": [7, 8], "split": ["Train", "dev"]})
+    times = pl.Series("timestamp", ["2020-01-01T00:00:01", "2020-01-02T00:00:00"]).str.to_datetime()
+    frame.with_columns(times).write_parquet(tmp_path / "t.parquet")
+    source = import_table(tmp_path / "t.parquet", split_column="split")
+    assert source.interactions.rows() == [("1", "7", 1577836801, 0), ("1", "8", 1577923200, 1)]
+    frame.with_columns(times, split=pl.lit("nowhere")).write_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="row 1 is in none of the splits train, validation, test"):
+        import_table(tmp_path / "t.parquet", split_column="split")
+
+
+HEADER = "user_id,item_id,rating,timestamp\n"
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ("u,i,5,-1", r"row 2 has a negative timestamp \('-1'\)"),
+        ("u,i,5,", "row 2 has a timestamp that is no whole number"),
+        ("u,i,5,1.5", r"row 2 has a timestamp that is no whole number \('1.5'\)"),
+        ("u,i,5,soon", "row 2 has a timestamp that is no whole number"),
+        ("u,i,5,1588687728923", "row 2 has a timestamp after the year 5000 .is --timestamp_unit right"),
+        ("u,i,five,1", r"row 2 has a rating that is no number \('five'\)"),
+        ("u,i,nan,1", "row 2 has a rating that is no number"),
+        ("u,i,,1", "row 2 has a rating that is no number"),
+        (",i,5,1", "row 2 has no user_id"),
+        ("u,,5,1", "row 2 has no item_id"),
+        ("u,i,5,1,more", "row 2: 5 fields where the file has 4 columns"),
+        ("u,i", "row 2 has a rating that is no number"),
+        ('u,"i,5,1', "row 2"),
+        ("u,\xff,5,1", "row 2: not utf-8 text"),
+    ],
+)
+def test_bad_rows_are_named_or_counted(tmp_path, row, sentence):
+    path = tmp_path / "t.csv"
+    path.write_bytes((HEADER + "u,i,5,1\n").encode() + row.encode("latin-1") + b"\nu,j,5,2\n")
+    with pytest.raises(UserError, match=sentence) as caught:
+        import_table(path)
+    assert "t.csv" in str(caught.value) and "--skip_bad_rows" in str(caught.value) and "\n" not in str(caught.value)
+    source = import_table(path, skip_bad_rows=True)
+    assert source.interactions["timestamp"].to_list() in ([1, 2], [1])  # an open quote takes the next row with it
+    assert sum(source.dropped.values()) == 1

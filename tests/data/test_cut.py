@@ -1,0 +1,31 @@
+"""The most frequent items and some users stay; everything else is counted."""
+
+from collections import Counter
+
+import pytest
+
+from r2ec_trl.data.cut import cut_dataset
+from r2ec_trl.errors import UserError
+
+
+def test_a_cut_is_a_smaller_valid_dataset(shop):
+    dropped = Counter()
+    small = cut_dataset(shop, max_items=30, max_users=4, dropped=dropped)
+    counts = Counter(target for split in ("train", "validation", "test") for target in shop[split]["target"])
+    assert len(small["items"]) == 30 and dropped["cut: item"] == 10
+    least = min(counts[item] for item in small["items"]["item_id"])
+    assert all(counts[item] <= least for item in set(shop["items"]["item_id"]) - set(small["items"]["item_id"]))
+    for split in ("train", "validation", "test"):
+        assert len(set(small[split]["user_id"])) <= 4
+        for row in small[split]:
+            assert {row["target"], *row["history"]} <= set(small["items"]["item_id"])
+    assert cut_dataset(shop, max_users=4, dropped=Counter())["train"].to_list() == [
+        row
+        for row in shop["train"]
+        if row["user_id"] in set(cut_dataset(shop, max_users=4, dropped=Counter())["train"]["user_id"])
+    ]
+
+
+def test_nothing_left_is_one_sentence(shop):
+    with pytest.raises(UserError, match="leaves no row in split"):
+        cut_dataset(shop, max_users=0, dropped=Counter())

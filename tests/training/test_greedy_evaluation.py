@@ -1,0 +1,22 @@
+"""Validation reasons greedily over the whole catalogue, and no longer than it may."""
+
+import polars as pl
+import pytest
+
+from r2ec_trl.errors import UserError
+
+
+def test_figures_are_those_of_the_first_users_alone(make_trainer, shop):
+    trainer = make_trainer(max_eval_users=4, max_completion_length=5)
+    frame = trainer.evaluate_frame(shop["validation"])
+    metrics = trainer.evaluate()
+    assert metrics["eval_recommendation/hit@10"] == pytest.approx(
+        float((frame["rank"][:4] <= 10).cast(pl.Float64).mean())
+    )
+    assert frame["user_id"].to_list() == shop["validation"]["user_id"][:] and max(frame["reasoning_tokens"]) == 5
+    assert set(trainer.evaluate_frame(shop["validation"], reasoning="none")["reasoning_tokens"]) == {0}
+
+
+def test_nobody_to_evaluate_is_one_sentence(make_trainer, shop):
+    with pytest.raises(UserError, match="has no users"):
+        make_trainer().evaluate(shop["validation"].select([]))
