@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
-from accelerate import PartialState
+from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -94,13 +94,14 @@ def show(results: Sequence[Recommendation], console: Console) -> None:
 
 def main() -> None:
     args, policy_args = parse((RecommendArguments, PolicyArguments), description=__doc__)
-    start_logging(PartialState().is_main_process, Console(stderr=True))
+    accelerator = Accelerator()
+    start_logging(accelerator.is_main_process, Console(stderr=True))
     if args.output is not None and args.input in (None, "-"):
         raise UserError("--output takes its users from a file; add --input FILE.")
     users = [] if args.output is not None else users_of(args)
     if not users and args.save_bundle is None and args.output is None:
         raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")
-    if args.engine == "vllm" and PartialState().num_processes > 1:
+    if args.engine == "vllm" and accelerator.num_processes > 1:
         raise UserError("--engine vllm recommends in one process; launch with `python`, or leave it out.")
     if args.bundle is None:
         bundle = make_bundle(args, policy_args, *load_dataset(args.dataset))
@@ -114,11 +115,11 @@ def main() -> None:
     options = {name: getattr(args, name) for name in ("k", "exclude_history", "reasoning", "where", "allow")}
     options["exclude"] = args.exclude or ()
     if args.output is not None:
-        with WorkDisplay(PartialState().is_main_process, Console(stderr=True)):
+        with WorkDisplay(accelerator.is_main_process, Console(stderr=True)):
             summary = recommend_file(recommender, args.input, args.output, args.part_users, **options)
-        if PartialState().is_main_process:
+        if accelerator.is_main_process:
             print(json.dumps(summary))
-        PartialState().destroy_process_group()
+        accelerator.end_training()
         return
     results = recommender.recommend(users, **options)
     if args.format == "table":

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import partial
 
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of
@@ -51,10 +52,11 @@ def main() -> None:
     args, limits = parse((ServeArguments, Limits), description=__doc__)
     bundle = Bundle.load(args.bundle, args.model_name_or_path, args.device, trust_remote_code=args.trust_remote_code)
     named = BundleArguments(bundle=args.bundle, engine=args.engine, trust_remote_code=args.trust_remote_code)
-    mount = None
+    token, mount = os.environ.get(TOKEN_VARIABLE) or None, None
     if args.page and importlib.util.find_spec("gradio") is not None:
-        from r2ec_trl.serving.page import mount_page as mount
-    token = os.environ.get(TOKEN_VARIABLE) or None
+        from r2ec_trl.serving.page import mount_page
+
+        mount = partial(mount_page, token=token)
     app = make_app(Recommender(bundle, engine_of(named, bundle)), limits, token, mount)
     uvicorn.run(
         app,

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from r2ec_trl import progress
@@ -59,7 +59,7 @@ def recommend_file(
     """
     if part_users < 1:
         raise UserError(f"`part_users` is {part_users}; give 1 at least.")
-    state, start, target = PartialState(), time.monotonic(), Path(folder)
+    state, start, target = Accelerator(), time.monotonic(), Path(folder)
     plan = _plan(recommender, Path(source), target, part_users, options, state)
     parts = -(-plan["users"] // part_users)
     users = tokens = errors = 0

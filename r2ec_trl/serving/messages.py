@@ -1,5 +1,6 @@
 """What the server takes and gives, its limits, and what it counts."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -149,3 +150,19 @@ class Metrics:
         """Count a request."""
         self.requests.labels(path, status).inc()
         self.seconds.labels(path).observe(seconds)
+
+
+def reasoning_price(metrics: Mapping[str, Any]) -> str:
+    """What leaving the reasoning out costs in NDCG@10, from the figures that a bundle holds."""
+    found = {}
+    for report in metrics.values():  # the later ones count: "after" over "before"
+        try:
+            found[report["protocol"]["settings"]["reasoning"]] = report["unmasked"]["model"]["ndcg@10"]["value"]
+        except (KeyError, TypeError):
+            continue
+    if {"full", "none"} <= set(found):
+        return f"NDCG@10 on the test split is {found['full']:.3f} with reasoning and {found['none']:.3f} without."
+    return (
+        "The bundle holds no figures without reasoning; `recipes/evaluate.py --bundle BUNDLE --dataset DATASET "
+        "--reasoning full none --record` measures them and keeps them with it."
+    )

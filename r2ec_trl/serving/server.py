@@ -42,7 +42,7 @@ def make_app(
     recommender: Recommender,
     limits: Limits | None = None,
     token: str | None = None,
-    mount: Callable[[FastAPI, Batcher], FastAPI] | None = None,
+    mount: Callable[..., FastAPI] | None = None,
 ) -> Guard:
     """
     The server as an ASGI application.

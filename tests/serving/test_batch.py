@@ -141,7 +141,7 @@ def test_killed_three_times_on_two_processes(served_folder, library, tmp_path):
     out, err = run.communicate()
     assert run.returncode == 0, err
     summary = json.loads(out.splitlines()[-1])
-    assert summary["users"] == count and 0 < summary["answered_now"] < count
+    assert (summary["users"], summary["processes"]) == (count, 2) and 0 < summary["answered_now"] < count
     recommend_file(library, str(tmp_path / "users.jsonl"), str(tmp_path / "unbroken"), size, k=10)
     frame, unbroken = parts(tmp_path / "out"), parts(tmp_path / "unbroken")
     assert frame["row"].to_list() == list(range(count)) and frame["user_id"].to_list() == [u["user_id"] for u in users]
