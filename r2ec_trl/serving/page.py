@@ -57,7 +57,7 @@ def make_page(batcher: Batcher, token: str | None, open_catalogue: bool) -> gr.B
                 reasoning = gr.Textbox(label="Reasoning", lines=4, interactive=False, elem_id="reasoning")
                 first = _table("With reasoning", "with")
             with gr.Column():
-                gr.Textbox(reasoning_price(bundle.meta["metrics"]), label="Its price", lines=4, interactive=False)
+                gr.Textbox(reasoning_price(bundle.meta.metrics), label="Its price", lines=4, interactive=False)
                 second = _table("Without reasoning", "without")
         with gr.Accordion("Add an item", open=True, visible=bool(open_catalogue or token)):
             title = gr.Textbox(label="Title", elem_id="title")

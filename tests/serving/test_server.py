@@ -1,12 +1,20 @@
 """The server over real sockets: right answers whatever arrives together, streams, and a catalogue that changes."""
 
 import concurrent.futures
+import contextlib
 import json
+import os
 import random
+import signal
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
+import urllib.parse
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +24,8 @@ from served import KEY, Served, same  # noqa: E402
 
 from r2ec_trl.bundle.bundle import Bundle  # noqa: E402
 from r2ec_trl.serving.recommender import Recommender  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_answers_are_the_librarys(served, library):
@@ -233,3 +243,176 @@ def test_state_and_metrics(served):
     assert 'r2ec_requests_total{path="/v1/recommend",status="200"}' in text
     assert float(text.split("\nr2ec_users_total ")[1].split()[0]) >= 1
     assert float(text.split("\nr2ec_reasoning_tokens_total ")[1].split()[0]) >= 1
+
+
+# --------------------------------------------------------------------------- killed, overloaded, fuzzed
+def serve(folder, *words):
+    """recipes/serve.py in a process of its own: its address and the process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "R2EC_TRL_TOKEN": "sesam", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--bundle", str(folder), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--page", "false", *map(str, words)], env=environment, stderr=subprocess.DEVNULL
+    )
+    client = httpx.Client(
+        base_url=f"http://127.0.0.1:{port}",
+        timeout=60,
+        headers={"Authorization": "Bearer sesam"},
+        limits=httpx.Limits(max_connections=300),
+    )
+    for _ in range(600):
+        try:
+            if client.get("/readyz").status_code == 200:
+                return client, process
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+@pytest.mark.slow
+def test_what_was_acknowledged_survives_a_kill(own):
+    acknowledged = []
+    for start in (0, 1000):
+        client, process = serve(own)
+        threading.Timer(0.7, process.kill).start()
+        with contextlib.suppress(httpx.TransportError):
+            for number in range(start, start + 1000):
+                row = {"item_id": f"new{number}", "title": f"guitar pick {number}"}
+                assert client.post("/v1/items", json={"items": [row]}).status_code == 201
+                acknowledged.append(row["item_id"])
+        process.wait()
+        found = Bundle.load(own).items["item_id"][:]
+        assert len(acknowledged) > start / 1000 and set(acknowledged) <= set(found)
+        assert len(found) <= 40 + len(acknowledged) + start // 1000 + 1  # at most the one that was cut off each time
+    [result] = Recommender.from_pretrained(own).recommend([acknowledged[-1:]], 3)
+    assert len(result.items) == 3
+
+
+@pytest.mark.slow
+def test_sigterm_answers_what_was_asked(own):
+    client, process = serve(own, "--window", 1.0)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        body = {"users": [{"history": ["i00"]}]}
+        waiting = [pool.submit(client.post, "/v1/recommend", json=body) for _ in range(4)]
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+        assert [answer.result().status_code for answer in waiting] == [200] * 4
+    assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_overload_is_refused_and_forgotten(served_folder, library):
+    """R2EC_TRL_OVERLOAD seconds (8) at twice the capacity: right answers or 429, memory bounded, then as before."""
+    ids, seconds = library.bundle.table.item_ids, float(os.environ.get("R2EC_TRL_OVERLOAD", "8"))
+    client, process = serve(served_folder, "--max_queue", 64)
+    histories = [ids[n : n + 3] for n in range(30)]
+    expected = library.recommend(histories)
+
+    def rss():
+        return int(open(f"/proc/{process.pid}/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def ask(number):
+        answer = client.post("/v1/recommend", json={"users": [{"history": histories[number % 30]}]})
+        if answer.status_code == 200:
+            same(answer.json()["users"][0], expected[number % 30])
+        return answer.status_code
+
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        assert set(pool.map(ask, range(256))) <= {200, 429}
+        start, before = time.perf_counter(), rss()
+        list(pool.map(ask, range(60)))
+        rate = 2 * 60 / (time.perf_counter() - start)
+        start, asked = time.perf_counter(), []
+        while time.perf_counter() < start + seconds:
+            asked.append(pool.submit(ask, len(asked)))
+            time.sleep(max(0.0, start + len(asked) / rate - time.perf_counter()))
+        statuses = [one.result() for one in asked]
+    peak, start = rss(), time.perf_counter()
+    assert ask(0) == 200
+    print(
+        f"\n{len(asked)} requests at {rate:.0f}/s for {seconds:g} s: {statuses.count(200)} right, "
+        f"{statuses.count(429)} refused; {before:.0f} -> {peak:.0f} MiB; next answer in {time.perf_counter() - start:.3f} s"
+    )
+    assert set(statuses) <= {200, 429} and peak < before + 100
+    process.terminate()
+    process.wait(40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_request_of_any_shape_is_a_500(own):
+    """R2EC_TRL_FUZZ requests (5,000), valid and not, on every route."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    server = Served(own, max_batch=64, window=0)
+    statuses = Counter()
+    text = st.text(max_size=20) | st.sampled_from(["i00", "i31", "<answer>", "<eos>", "a case", "\x00", "\ud800"])
+    leaf = st.none() | st.booleans() | st.integers() | st.floats() | text
+    anything = st.recursive(leaf, lambda kids: st.lists(kids, max_size=3) | st.dictionaries(text, kids, max_size=3))
+    loose = lambda strategy: strategy | anything  # noqa: E731
+    user = st.fixed_dictionaries(
+        {},
+        optional={
+            "user_id": loose(text),
+            "history": loose(st.lists(st.sampled_from(["i00", "i12", "nope"]), max_size=4)),
+            "history_titles": loose(st.lists(text, max_size=4)),
+            "history_ratings": loose(st.lists(st.floats() | st.none(), max_size=4)),
+            "history_timestamps": loose(st.lists(st.integers(), max_size=4)),
+            "timestamp": loose(st.integers()),
+        },
+    )
+    wheres = ["brand = 'orvo'", "title LIKE '%a%'", "price < 1", "1=1", "item_id IN ('i00')", "NOT (brand IS NULL)"]
+    ask = st.fixed_dictionaries(
+        {"users": loose(st.lists(user, max_size=3))},
+        optional={
+            "k": loose(st.integers(-1, 50)),
+            "where": loose(st.sampled_from(wheres) | text),
+            "reasoning": loose(st.sampled_from(["full", "none", "a drum"])),
+            "allow": loose(st.lists(st.sampled_from(["i00", "i01", "x"]), max_size=3)),
+            "exclude": loose(st.lists(text, max_size=3)),
+            "exclude_history": loose(st.booleans()),
+        },
+    )
+    columns = ["item_id", "title", "brand", "description", "other"]
+    rows = st.fixed_dictionaries(
+        {"items": loose(st.lists(st.dictionaries(st.sampled_from(columns), leaf, max_size=4), max_size=3))}
+    )
+    route = st.sampled_from(["/v1/recommend"] * 3 + ["/v1/recommend/stream"])
+    request = st.one_of(
+        st.tuples(st.just("POST"), route, ask | anything),
+        st.tuples(st.sampled_from(["POST", "PUT"]), st.just("/v1/items"), rows | anything),
+        st.tuples(st.just("GET"), st.builds("/v1/items?{}".format, text.map(lambda t: _query(search=t))), st.none()),
+        st.tuples(
+            st.just("DELETE"), st.builds("/v1/items?{}".format, text.map(lambda t: _query(item_id=t))), st.none()
+        ),
+    )
+
+    @settings(
+        max_examples=int(os.environ.get("R2EC_TRL_FUZZ", "5000")),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(request)
+    def fuzz(one):
+        method, path, body = one
+        content = json.dumps(body).encode()
+        answer = server.client.request(
+            method, path, content=content, headers={**KEY, "Content-Type": "application/json"}
+        )
+        statuses[answer.status_code] += 1
+        assert answer.status_code < 500, (one, answer.text)
+        if answer.status_code >= 400:
+            assert list(answer.json()) == ["error"] and "\n" not in answer.json()["error"], answer.text
+
+    fuzz()
+    print(f"\n{sum(statuses.values())} requests: {dict(statuses)}")
+    assert {200, 422} <= set(statuses)
+    server.close()
+
+
+def _query(**values):
+    return urllib.parse.urlencode({name: value.encode(errors="replace") for name, value in values.items()})
