@@ -333,7 +333,8 @@ def test_overload_is_refused_and_forgotten(served_folder, library):
     assert ask(0) == 200
     print(
         f"\n{len(asked)} requests at {rate:.0f}/s for {seconds:g} s: {statuses.count(200)} right, "
-        f"{statuses.count(429)} refused; {before:.0f} -> {peak:.0f} MiB; next answer in {time.perf_counter() - start:.3f} s"
+        f"{statuses.count(429)} refused; {before:.0f} -> {peak:.0f} MiB; next answer"
+        f" in {time.perf_counter() - start:.3f} s"
     )
     assert set(statuses) <= {200, 429} and peak < before + 100
     process.terminate()
