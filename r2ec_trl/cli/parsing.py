@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import sys
 import time
@@ -16,7 +17,11 @@ from trl import TrlParser
 
 from r2ec_trl.cli.terminal import printable
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.ranges import check_ranges
 
+logger = logging.getLogger(__name__)
+
+RENAMED = {"max_new_tokens": "max_completion_length", "token_budget": "forward_token_budget"}  # old: new
 # How long another rank holds its sentence back: if rank 0 fails in the same way, the launcher ends this process first.
 OTHER_RANK_DELAY = 3.0
 
@@ -25,6 +30,32 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to `word`, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class OneKeyLoader(yaml.SafeLoader):
+    """YAML without code, in which a key that stands twice, or is no text, is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} is no text; put it into quotes")
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} stands twice, again in line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def renamed(name: str, known: Iterable[str]) -> str:
+    """A setting's name of today for the one it had; said once where they differ."""
+    new = RENAMED.get(name, name)
+    known = set(known)
+    if new == name or name in known or new not in known:
+        return name
+    logger.warning("%s is called %s now; the old name will go with the next release.", name, new)
+    return new
 
 
 class RecipeParser(TrlParser):
@@ -49,6 +80,7 @@ class RecipeParser(TrlParser):
         raise UserError(f"{self.source}: {' '.join(message.split())}; --help lists every flag.")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        args = [self._renamed_flag(word) for word in (sys.argv[1:] if args is None else args)]
         namespace, unknown = super().parse_known_args(args, namespace)
         if not unknown:
             return namespace, []
@@ -58,12 +90,21 @@ class RecipeParser(TrlParser):
             raise UserError(f"{self.source}: unknown flag {flags[0]!r}{hint or '; --help lists every flag.'}")
         raise UserError(f"{self.source}: {unknown[0]!r} belongs to no flag; remove it or put a flag before it.")
 
+    def _renamed_flag(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        name = renamed(flag[2:].replace("-", "_"), self.hints) if flag.startswith("--") else ""
+        return f"--{name}{equals}{value}" if name in self.hints and flag[2:].replace("-", "_") in RENAMED else word
+
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Check each value by parsing it like a flag, then let TRL make it the default."""
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:
             actions.setdefault(action.dest, action)  # the first one: --no_x shares its destination with --x
         hints = self.hints
+        given = list(config)
+        config = {renamed(str(key), hints): value for key, value in config.items()}
+        if len(config) < len(given):
+            raise UserError(f"{self.source}: two names of one setting among {', '.join(map(str, given))}; keep one.")
         words: list[str] = []
         as_is: dict[str, Any] = {}  # what no flag can say: null, an empty list, a list where a flag takes one value
         for key, value in config.items():
@@ -125,18 +166,21 @@ def parse(
         if found.config is not None:
             parser.set_defaults_with_config(**_read_config(parser, found.config))
             parser.source = "command line"
-        return parser.parse_args_and_config(words)
+        filled = parser.parse_args_and_config(words)
     except UserError:
         raise
     except ValueError as error:  # raised by the dataclasses themselves: values that do not go together
         raise UserError(" ".join(str(error).split())) from error
+    for one in filled:
+        check_ranges(one)
+    return filled
 
 
 def _read_config(parser: RecipeParser, path: str | os.PathLike) -> dict[str, Any]:
     parser.source = str(path)
     try:
         with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
+            config = yaml.load(file, Loader=OneKeyLoader)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config file: {error.strerror}; check --config.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

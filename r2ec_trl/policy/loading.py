@@ -22,6 +22,8 @@ from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.adapters import attach_adapter, read_adapter_config
 from r2ec_trl.policy.checks import PROJECTIONS, check_no_hub_code
+from r2ec_trl.policy.options import check_options
+from r2ec_trl.policy.ranges import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,11 @@ class PolicyArguments(ModelConfig):
         metadata={"help": "Modules with an adapter (reference code: all seven projections)."},
     )
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_options(self)
+        super().__post_init__()
+
 
 def peft_config(args: PolicyArguments) -> LoraConfig | None:
     """The LoRA configuration to train, `None` for all weights or when an adapter is trained on."""
@@ -50,12 +57,14 @@ def peft_config(args: PolicyArguments) -> LoraConfig | None:
         return None
     parameters = [args.lora_target_parameters] * isinstance(args.lora_target_parameters, str)
     parameters = parameters or args.lora_target_parameters
+    targets = args.lora_target_modules  # of which TRL makes a text, a regular expression to PEFT, where there is one
+    targets = [targets] if isinstance(targets, str) and targets.isidentifier() else targets
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=0.0 if parameters else args.lora_dropout,  # PEFT has none for parameters
-        target_modules=args.lora_target_modules,
+        target_modules=targets,
         target_parameters=parameters,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,

@@ -17,6 +17,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.policy.chat import Chat, Messages, template_options
 from r2ec_trl.policy.plain_text import PlainText
 from r2ec_trl.policy.purchases import purchase_values
+from r2ec_trl.policy.ranges import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,7 @@ class PromptConfig:
                 raise UserError(f"`{name}` lacks the placeholder {needed}; put it where that text belongs.")
         if not self.marker.strip():
             raise UserError("`marker` is empty; give the string at which the model recommends, such as '<answer>'.")
-        if self.max_history_items < 1:
-            raise UserError(f"`max_history_items` is {self.max_history_items}; show at least the newest purchase.")
+        check_ranges(self)
         object.__setattr__(self, "prompt_date", str(self.prompt_date))
         object.__setattr__(self, "chat_template_kwargs", template_options(self.chat_template_kwargs) or None)
         try:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.options import check_launch, check_options
 from r2ec_trl.policy.prompts import PromptConfig
+from r2ec_trl.policy.ranges import check_ranges
 
 PROMPT_PRESETS: dict[str, dict[str, Any]] = {
     "reference": {  # what the released adapters were trained with
@@ -17,6 +19,7 @@ PROMPT_PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 
+SIMILARITIES = ("cosine", "dot")
 FIELDS = {one.name: one for one in dataclasses.fields(PromptConfig)}
 
 
@@ -52,7 +55,7 @@ class RecommendationArguments(PromptFlags):
         default="cosine",
         metadata={
             "help": "Score of an item: 'cosine' or 'dot' of answer state and row.",
-            "choices": ["cosine", "dot"],
+            "choices": list(SIMILARITIES),
         },
     )
     item_temperature: float = field(default=0.02, metadata={"help": "τ of the item softmax (M2, M6, M8)."})
@@ -68,6 +71,11 @@ class RecommendationArguments(PromptFlags):
     )
 
     def __post_init__(self) -> None:
+        check_launch()
+        check_ranges(self)
+        check_options(self)
+        if self.similarity not in SIMILARITIES:
+            raise UserError(f"`similarity` is {self.similarity!r}; give one of {', '.join(SIMILARITIES)}.")
         self._apply_prompt_preset()
         getattr(super(), "__post_init__", lambda: None)()  # TRL's and transformers' own, where they are parents
 
@@ -90,10 +98,3 @@ class RecommendationArguments(PromptFlags):
     def selection_metric(self) -> str:
         """The logged validation figure by which the best adapter is chosen."""
         return "recommendation/masked_ndcg@10" if self.selection_mask else "recommendation/ndcg@10"
-
-    def check_scoring(self) -> None:
-        """Raise [`UserError`] for scoring settings that mean nothing."""
-        if self.item_temperature <= 0:
-            raise UserError(f"`item_temperature` is {self.item_temperature}; it must be above 0 (reference: 0.02).")
-        if self.max_eval_users is not None and self.max_eval_users < 1:
-            raise UserError(f"`max_eval_users` is {self.max_eval_users}; give a positive number or leave it out.")

@@ -13,6 +13,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right
 from r2ec_trl.policy.checks import check_start, fit_adapter, switch_dropout_off
+from r2ec_trl.policy.options import check_launch
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
@@ -42,7 +43,7 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = self.selection_metric, True
         super().__post_init__()
-        self.check_scoring()
+        check_launch(self.device.type)
 
 
 class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):

@@ -6,6 +6,8 @@ import torch
 from trl import GRPOConfig
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.options import check_launch
+from r2ec_trl.policy.ranges import check_ranges
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 
@@ -126,6 +128,7 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self.optim = resolve_optimizer(self.optim, self.use_cpu)
         if self.bf16 is None:  # TRL's default is True, which a CPU refuses
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -135,7 +138,7 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
         if self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = self.selection_metric, True
         super().__post_init__()
-        self.check_scoring()
+        check_launch(self.device.type)
         self._check_recpo()
 
     @property
@@ -145,7 +148,6 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
 
     def _check_recpo(self) -> None:
         for name, choices in {
-            "similarity": ("cosine", "dot"),
             "advantage": ("grpo", "rloo"),
             "item_negatives": ("batch", "catalogue"),
             "item_gradient": ("candidates", "none"),
@@ -165,16 +167,8 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
                 f"`advantage='rloo'` with `multi_objective_aggregation={self.multi_objective_aggregation!r}` would "
                 "divide each reward by its standard deviation; leave that flag out."
             )
-        if self.remove_unused_columns:
-            raise UserError("`remove_unused_columns` would drop the users' targets; leave it False.")
         if self.slice_table and self.item_negatives == "catalogue":
             raise UserError("`slice_table` leaves no process with the whole catalogue; add `--item_negatives batch`.")
-        if not 0 <= self.reward_mix <= 1:
-            raise UserError(f"`reward_mix` is {self.reward_mix}; it must lie between 0 and 1 (paper: 0.05).")
-        if self.reward_cutoff < 1:
-            raise UserError(f"`reward_cutoff` is {self.reward_cutoff}; it must be at least 1 (paper: 1000).")
-        if self.table_refresh_budget < 0:
-            raise UserError(f"`table_refresh_budget` is {self.table_refresh_budget}; it must not be negative.")
         if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
             raise UserError(
                 "`use_transformers_continuous_batching` under mixed precision casts the training weights for good; "

@@ -248,3 +248,41 @@ def test_two_ranks_with_the_same_mistake_say_it_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode != 0
     assert len(re.findall("unknown flag '--oops'", done.stderr)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_steps: 3\nname: x\nmax_steps: 4", "the key 'max_steps' stands twice, again in line 3"),
+        ("options: {a: 1, a: 2}", "the key 'a' stands twice"),
+        ("1: x", "the key 1 is no text"),
+        ("null: x", "the key None is no text"),
+        ("options: {true: 1}", "the key True is no text"),
+        ("[a, b]: x", "the key"),
+        ("max_steps: 3\nname: !!python/object/apply:os.system [ls]", "not a YAML file"),
+    ],
+)
+def test_yaml_keys_stand_once_and_are_text(config, text, expected):
+    path = config(text)
+    sentence = _sentence("--config", path)
+    assert expected in sentence and sentence.startswith(path)
+
+
+def test_an_old_name_is_read_with_a_warning_that_names_the_new_one(config, monkeypatch, caplog):
+    monkeypatch.setattr(cli, "RENAMED", {"top": "max_steps", "title": "name"})
+    for words in (["--config", config("top: 7\n")], ["--top", "7"], ["--top=7"]):
+        caplog.clear()
+        assert _parse(*words)[1].max_steps == 7
+        assert "top is called max_steps now" in caplog.text
+    assert "two names of one setting" in _sentence("--config", config("top: 7\nmax_steps: 8\n"))
+    assert _parse("--config", config("top: 7\n"), "--max_steps", "9")[1].max_steps == 9
+    assert cli.renamed("token_budget", ["token_budget", "forward_token_budget"]) == "token_budget"  # still its own
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf"])
+def test_numbers_outside_their_range_are_one_sentence(value):
+    @dataclass
+    class Scores:
+        item_temperature: float = 0.02
+
+    assert "`item_temperature` is" in _sentence(f"--item_temperature={value}", kinds=(Scores,))
