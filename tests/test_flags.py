@@ -44,7 +44,7 @@ FLAGS = {
     **dict.fromkeys(["reward_mix", "reward_cutoff"], ("test_rewards.py", "")),
     **dict.fromkeys(["advantage", "item_coef", "item_negatives", "item_credit"], ("training/test_objective.py", "")),
     "token_coef": (TRAINER, ""),
-    **dict.fromkeys(["item_gradient", "table_refresh_budget", "watch_steps"], (TRAINER, "")),
+    **dict.fromkeys(["item_gradient", "table_refresh_budget", "table_refresh_steps", "watch_steps"], (TRAINER, "")),
     "mask_history": (TRAINER, ""),
     "slice_table": ("test_distributed.py", ""),
     **dict.fromkeys(["chat_template_kwargs", "prompt_date"], ("policy/test_chat.py", "")),
