@@ -268,7 +268,13 @@ def test_14_the_reward_sees_fresh_target_rows(make_trainer, replay, sample, monk
 
     def check():
         replay(sample)
-        trainer = make_trainer(table_refresh_budget=0.0, learning_rate=1e-2, max_steps=2, reward=odd_reward)
+        seen = {}
+
+        def reward(completion_ids, **kwargs):
+            seen.update(kwargs)
+            return odd_reward(completion_ids)
+
+        trainer = make_trainer(table_refresh_budget=0.0, learning_rate=1e-2, max_steps=2, reward=reward)
         trainer.train()
         encoder = make_encoder(trainer.model, trainer.prompts, 9_999)
         states_then = trainer.table.rows.clone()
@@ -278,6 +284,8 @@ def test_14_the_reward_sees_fresh_target_rows(make_trainer, replay, sample, monk
         fresh = [row for row in range(40) if torch.allclose(trainer.table.rows[row], now[row], atol=1e-5)]
         assert set(trainer.batch.candidates) <= set(fresh) and len(fresh) < 40
         assert not torch.allclose(states_then[trainer.batch.candidates], now[trainer.batch.candidates], atol=1e-5)
+        scores = (trainer.batch.states * now[trainer.batch.targets]).sum(dim=1)
+        assert seen["target_score"] == pytest.approx(scores.tolist(), abs=1e-5)  # what the reward really saw
 
     check()
     inner = ItemTable.refresh

@@ -116,6 +116,25 @@ def test_old_log_probs_are_kept_where_a_step_lies_between_and_clip(make):
     assert states.grad[0].abs().sum() == 0 and states.grad[2].abs().sum() > 0
 
 
+def test_the_share_of_clipped_items_knows_low_from_high(make):
+    """A ratio of .75 is below 1 - .2 and would not be below 1 - .28; the other credited ratio is 1."""
+    term, batch, _ = make(num_iterations=2)
+    inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
+    inputs["old_item_logprobs"] = inputs["old_item_logprobs"] - torch.tensor([math.log(0.75), 0.0, 0.0, 0.0])
+    assert term.loss(batch.states, inputs, batch, torch.tensor(1.0))[-1].item() == 0.5
+    inputs["old_item_logprobs"] = inputs["old_item_logprobs"] + torch.tensor([math.log(0.75 / 1.25), 0.0, 0.0, 0.0])
+    assert term.loss(batch.states, inputs, batch, torch.tensor(1.0))[-1].item() == 0.0  # 1.25 is below 1 + .28
+
+
+def test_rows_can_weigh_differently(make):
+    """Tokens of rollouts 0 and 2 are divided by 10 and 20: -(2 / 10 + .5 / 20)."""
+    term, batch, _ = make()
+    inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
+    assert term.loss(batch.states, inputs, batch, torch.tensor([10.0, 1.0, 20.0, 1.0]))[0].item() == pytest.approx(
+        -0.225
+    )
+
+
 def test_the_whole_catalogue_competes_with_fresh_rows_for_the_candidates(make):
     """State (1, 0) against (1, 0), (0, 1), (-1, 0): log π = -log(1 + e^-1 + e^-2)."""
     term, batch, weight = make(negatives="catalogue")

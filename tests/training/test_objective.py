@@ -220,6 +220,13 @@ def test_each_trajectory_has_the_value_and_gradient_of_the_equations(
     first, second = trainer.state.log_history[:2]
     assert first["clip_ratio/region_mean"] == first["item/clip_ratio"] == 0
     assert second["clip_ratio/region_mean"] > 0.1 and second["item/clip_ratio"] > 0.1
+    model.load_state_dict(notes.steps[-1].weights)
+    credited = [i for i, best in enumerate(best_of(oracle.advantages, oracle.size, oracle.credit)) if best]
+    with torch.no_grad():
+        rows = oracle._rows(model)
+        ratios = [(oracle.actions(model, rows, i)[1] - oracle.old[i][1]).exp().item() for i in credited]
+    clipped = [not 1 - oracle.low <= ratio <= 1 + oracle.high for ratio in ratios]
+    assert second["item/clip_ratio"] == pytest.approx(sum(clipped) / len(clipped))
 
 
 def test_without_a_second_iteration_every_ratio_is_one(make_trainer, replay, shop, chat_tokenizer, tiny_model):

@@ -25,12 +25,13 @@ def test_a_gpu_gets_the_papers_optimizer_and_a_cpu_the_plain_one(monkeypatch, ca
     assert caplog.text.count("plain AdamW") == 1
     assert RecPOConfig(str(tmp_path), use_cpu=True, optim="sgd").optim == "sgd"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: "a module")
+    monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: name if name == "bitsandbytes" else None)
     assert optimizer.resolve_optimizer("auto", use_cpu=False) == "paged_adamw_8bit"
     assert optimizer.resolve_optimizer("auto", use_cpu=True) == "adamw_torch"
     monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: None)
-    assert optimizer.resolve_optimizer("auto", use_cpu=False) == "adamw_torch"
+    with caplog.at_level(logging.WARNING):
+        assert optimizer.resolve_optimizer("auto", use_cpu=False) == "adamw_torch"
+    assert "bitsandbytes is not installed" in caplog.text
 
 
 class Losses(TrainerCallback):

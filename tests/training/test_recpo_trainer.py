@@ -52,11 +52,12 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(make_trainer, replay
         steps = record(trainer).steps
         results[batch] = sum(step.loss for step in steps), total(steps)
     loss, gradient = results[16]
+    assert abs(loss) > 1e-2
     for batch in (4, 1):
         assert results[batch][0] == pytest.approx(loss, abs=1e-5)
         difference, norm = distance(results[batch][1], gradient)
         assert norm > 0.1
-        assert difference < 1e-5 * max(1.0, norm), (batch, difference, norm)
+        assert difference < 2e-5 * norm, (batch, difference, norm)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,8 @@ def test_logged_figures_of_rollouts(make_trainer, replay, sample):
     } <= log.keys()
     assert {"item/loss", "item/logprob", "item/clip_ratio", "item/mean_pairwise_cosine"} <= log.keys()
     assert {"recommendation/hit@10", "recommendation/mean_log_rank", "table/target_drift"} <= log.keys()
-    assert all(record.get("step_time", 1.0) is not None for record in trainer.state.log_history)
+    parts = [log[f"time/{part}"] for part in ("generate", "sync", "score", "items", "train")]
+    assert sum(parts) == pytest.approx(log["step_time"]) and min(parts) >= 0 and log["step_time"] > 0
     assert trainer.last_rollout_example["rank"] >= 1 and len(trainer.last_rollout_example["top_titles"]) == 10
 
 
@@ -469,15 +471,34 @@ def test_rollouts_for_display_are_of_different_users(make_trainer, replay, sampl
         assert trainer.last_rollout_example == shown[0]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"advantage": "rloo", "scale_rewards": "none"}, {"multi_objective_aggregation": "normalize_then_sum"}],
+    ids=str,
+)
+def test_equal_rewards_teach_nothing_and_break_nothing(make_trainer, replay, sample, options):
+    def same(completions, **kwargs):
+        return [0.3] * len(completions)
+
+    replay(sample)
+    trainer = make_trainer(reward=same, max_steps=1, weight_decay=0.0, **options)
+    (generation,) = record(trainer).generations
+    assert generation.advantages == pytest.approx([0.0] * 8, abs=1e-3)
+    log = trainer.state.log_history[0]
+    assert log["frac_reward_zero_std"] == 1.0 and log["loss"] == pytest.approx(0.0, abs=1e-3)
+    assert log["grad_norm"] == pytest.approx(0.0, abs=1e-2)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------- loss types
 @pytest.mark.parametrize("name", ["grpo", "sapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo"])
-def test_an_item_weighs_like_one_more_token_under_each_loss_type(make_trainer, replay, name):
+def test_an_item_weighs_like_one_more_token_under_each_loss_type(make_trainer, replay, monkeypatch, name):
     """
     At ratio 1 the gradient of every loss type is -w Σ A ∇log π, and the item's is -w A ∇log π: both norms grow alike
     from dapo's, whose w is 1 / (32 tokens). CISPO caps the ratio at `epsilon_high`, .2 by default, for both.
     """
 
-    def measure(loss_type):
+    def measure(loss_type, processes=1):
         replay(lambda prompt_ids, number: [50 + number, 60, 70, 80])
         level = "sequence" if loss_type == "luspo" else "token"
         torch.manual_seed(0)
@@ -497,7 +518,9 @@ def test_an_item_weighs_like_one_more_token_under_each_loss_type(make_trainer, r
         def compute(model, inputs):
             advantages = torch.zeros_like(inputs["advantages"])
             advantages[inputs["item_weights"].argmax()] = 1.0
-            loss = inner(model, {**inputs, "advantages": advantages})
+            with monkeypatch.context() as patch:
+                patch.setattr(type(trainer.accelerator), "num_processes", processes)
+                loss = inner(model, {**inputs, "advantages": advantages})
             norms[:] = norm(norms[0]), norm(loss - norms[0])
             return loss
 
@@ -506,7 +529,7 @@ def test_an_item_weighs_like_one_more_token_under_each_loss_type(make_trainer, r
         return norms
 
     item, tokens = measure("dapo")
-    other_item, other_tokens = measure(name)
+    other_item, other_tokens = measure(name, processes=3)  # the world's size is in both, or in neither
     assert other_item / item == pytest.approx(other_tokens / tokens, rel=1e-3) and min(item, tokens) > 0.01
 
 
