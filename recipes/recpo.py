@@ -60,6 +60,8 @@ def main() -> None:
         dataset, card = load_dataset(run_args.dataset, args.output_dir)
         test = rows_to_test(run_args, args, dataset)
         args.category = args.category or card["category"]
+        if args.gradient_checkpointing == "auto":
+            make_plan(args, policy_args, dataset)
         model, tokenizer = load_policy(policy_args, trainable=True, trust_remote_code=args.trust_remote_code)
         trainer = RecPOTrainer(
             model,

@@ -1,8 +1,9 @@
 """`recipes/recpo.py --plan`: what a run would take, and the problems that can be seen before it starts."""
 
+import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
@@ -21,7 +22,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.policy.adapters import read_adapter_config
 from r2ec_trl.policy.loading import DEMO, PolicyArguments
 from r2ec_trl.policy.prompts import Prompts
-from r2ec_trl.training.launch import check_sharding
+from r2ec_trl.training.launch import check_sharding, settle_checkpointing
 from r2ec_trl.training.recpo_config import RecPOConfig
 
 NUM_SAMPLED = 200  # users and items whose prompts are measured
@@ -92,7 +93,8 @@ class Plan:
 
 def make_plan(args: RecPOConfig, policy: PolicyArguments, dataset: DatasetDict) -> Plan:
     """
-    Count, measure some prompts and check the settings; only config and tokenizer are loaded.
+    Count, measure some prompts and check the settings; only config and tokenizer are loaded. Settles
+    `gradient_checkpointing="auto"`.
 
     Args:
         args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
@@ -116,12 +118,22 @@ def make_plan(args: RecPOConfig, policy: PolicyArguments, dataset: DatasetDict) 
     device_bytes = float(torch.cuda.get_device_properties(0).total_memory) if on_gpu else None
     workload = _workload(args, Prompts(tokenizer, args.prompt_config(), dataset["items"]), dataset)
     precision = _precision(args, policy, config, device_bytes)
+    if args.gradient_checkpointing == "auto":
+        without = memory_plan(shape, workload, replace(precision, checkpointing=False))["peak"]
+        settle_checkpointing(args, fits=without <= ROOM * (device_bytes or _host_bytes()))
+        precision = replace(precision, checkpointing=bool(args.gradient_checkpointing))
     memory = memory_plan(shape, workload, precision)
     steps = optimizer_steps(len(dataset["train"]), args)
     plan = Plan(name, shape, workload, memory, device_bytes, steps, installed_versions(), [])
     plan.problems = [*_memory_problems(plan, precision), *_config_problems(plan, args, policy, config)]
     plan.problems += version_problems(plan.versions)
     return plan
+
+
+def _host_bytes() -> float:
+    """This process's share of the machine's memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / processes
 
 
 def _model_and_adapter(policy: PolicyArguments) -> tuple[str, int, str | list[str] | None]:
@@ -169,7 +181,7 @@ def _precision(args: RecPOConfig, policy: PolicyArguments, config: Any, device_b
         weight_bytes=4 if dtype in (None, torch.float32) else 2,
         quantised=quantised if policy.load_in_4bit else "int8" if policy.load_in_8bit else None,
         half=args.bf16 or args.fp16,
-        checkpointing=args.gradient_checkpointing,
+        checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         processes=args.world_size,
         zero_stage=stage,

@@ -1,10 +1,32 @@
 """What a launch cannot do, said before anything is loaded."""
 
+import logging
 from typing import Any
 
+import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from r2ec_trl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def settle_checkpointing(args: Any, fits: bool | None = None) -> None:
+    """
+    Make `gradient_checkpointing="auto"` true or false, and say so once.
+
+    Args:
+        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
+            Settings; changed in place.
+        fits (`bool`, *optional*):
+            Whether the step fits without, by the memory plan. By default, without a plan, on a CPU alone.
+    """
+    if args.gradient_checkpointing != "auto":
+        return
+    args.gradient_checkpointing = not (fits if fits is not None else args.use_cpu or not torch.cuda.is_available())
+    if args.process_index == 0:
+        why = "no memory plan was made" if fits is None else f"the step {'fits' if fits else 'does not fit'} without"
+        logger.info("Gradient checkpointing is %s: %s.", "on" if args.gradient_checkpointing else "off", why)
 
 
 def check_sharding(args: Any, trains_adapter: bool) -> None:

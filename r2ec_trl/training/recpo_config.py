@@ -1,6 +1,7 @@
 """RecPO's settings on top of TRL's GRPO."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import GRPOConfig
@@ -115,6 +116,15 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             "it is not saved."
         },
     )
+    gradient_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "Recompute layers in the backward pass: less memory for a fourth of the step. 'auto': where the "
+            "memory plan says that the step does not fit without; true; false.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
     shared_prompt: bool = field(
         default=True,
         metadata={
@@ -130,6 +140,10 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     def __post_init__(self) -> None:
         check_ranges(self)
         self.optim = resolve_optimizer(self.optim, self.use_cpu)
+        words: dict[str, Any] = {"auto": "auto", "true": True, "false": False}
+        if str(self.gradient_checkpointing).lower() not in words:
+            raise UserError(f"`gradient_checkpointing` is {self.gradient_checkpointing!r}; give auto, true or false.")
+        self.gradient_checkpointing = words[str(self.gradient_checkpointing).lower()]
         if self.bf16 is None:  # TRL's default is True, which a CPU refuses
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.vllm_importance_sampling_correction is None:

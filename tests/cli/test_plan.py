@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
 
 from r2ec_trl.cli.memory import Precision, Workload, layer_activations, memory_plan, model_shape, optimizer_steps
-from r2ec_trl.cli.plan import _memory_problems, installed_versions, make_plan, version_problems
+from r2ec_trl.cli.plan import ROOM, _memory_problems, installed_versions, make_plan, version_problems
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.training.recpo_config import RecPOConfig
@@ -151,6 +151,15 @@ def test_the_plan_of_a_sound_run_sees_no_problem_and_counts_its_steps(plan_of, m
     text = Console(width=100, record=True, file=io.StringIO())
     text.print(plan.render())
     assert "parameters" in (words := text.export_text()) and "no problem seen" in words and "peak" in words
+
+
+def test_auto_checkpoints_only_what_does_not_fit_without(plan_of, monkeypatch):
+    sizes = {"per_device_train_batch_size": 64, "max_completion_length": 400, "steps_per_generation": 1}
+    whole, saved = (plan_of(gradient_checkpointing=given, **sizes).memory["peak"] for given in (False, True))
+    assert saved < whole
+    for room, peak in ((1.01 * whole, whole), (0.99 * whole, saved)):
+        monkeypatch.setattr("r2ec_trl.cli.plan._host_bytes", lambda room=room: room / ROOM)
+        assert plan_of(**sizes).memory["peak"] == peak
 
 
 @pytest.mark.parametrize(

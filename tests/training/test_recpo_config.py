@@ -11,6 +11,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.policy import settings as shared_settings
 from r2ec_trl.policy.prompts import PromptConfig
 from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
+from r2ec_trl.training.launch import settle_checkpointing
 from r2ec_trl.training.recpo_config import RecPOConfig
 
 
@@ -147,3 +148,17 @@ def test_each_prompt_field_is_stated_once():
             assert flags[name].metadata["help"] == field.metadata["help"]
     source = inspect.getsource(shared_settings)
     assert [name for name in stated if f"    {name}: " in source] == ["category"]
+
+
+def test_checkpointing_takes_auto_and_both_truths(config):
+    """Settled without a plan: off on a CPU, whose memory holds a step; what was asked for stays."""
+    for given, settled in {"auto": False, True: True, "true": True, "False": False}.items():
+        args = config(gradient_checkpointing=given)
+        settle_checkpointing(args)
+        assert args.gradient_checkpointing is settled
+    for fits in (True, False):
+        args = config()
+        settle_checkpointing(args, fits)
+        assert args.gradient_checkpointing is not fits
+    with pytest.raises(UserError, match="'perhaps'.*auto, true or false"):
+        config(gradient_checkpointing="perhaps")
