@@ -31,7 +31,7 @@ def settle_checkpointing(args: Any, fits: bool | None = None) -> None:
 
 def check_sharding(args: Any, trains_adapter: bool) -> None:
     """
-    Refuse what DeepSpeed cannot do with our forwards.
+    Refuse what DeepSpeed cannot do with our forwards; settles `gradient_checkpointing="auto"` first.
 
     Args:
         args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
@@ -43,6 +43,7 @@ def check_sharding(args: Any, trains_adapter: bool) -> None:
         [`UserError`]: under ZeRO-3, where rollouts and scores would gather weights layer by layer, or the candidates'
         encoding would meet reentrant checkpointing.
     """
+    settle_checkpointing(args)
     if not is_deepspeed_zero3_enabled():
         return
     if not args.ds3_gather_for_generation:
