@@ -295,9 +295,14 @@ def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):
     assert read_ranks(tmp_path / "seed")[1]["seed"] == 1
     assert not read_ranks(tmp_path / "seed")[0]["reasoning"][:7].equals(other["reasoning"])
     bundle = Bundle.load(own)
-    bundle.meta["protocol"]["reasoning"] = "none"
+    protocol = dataclasses.replace(bundle.meta.protocol, reasoning="none")
+    bundle.meta = dataclasses.replace(bundle.meta, protocol=protocol)
     bundle.save(own)
     launch("evaluate", "--bundle", own, "--dataset", shop_folder, out=tmp_path / "own")
     frame, protocol = read_ranks(tmp_path / "own")
     assert set(frame["reasoning_tokens"]) == {0} and protocol["settings"]["reasoning"] == "none"
     assert frame["user_id"].to_list() == shop["test"]["user_id"][:]
+    cold = json.loads((tmp_path / "own" / "metrics.json").read_text())["cold_targets"]
+    trained = set(shop["train"]["target"])
+    assert cold["cold"]["rows"] == sum(target not in trained for target in shop["test"]["target"])
+    assert cold["cold"]["rows"] + cold["warm"]["rows"] == 10 and cold["cold"]["rows"] != cold["warm"]["rows"]

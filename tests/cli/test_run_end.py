@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import polars as pl
 import pytest
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from rich import get_console
 from transformers import AutoModelForCausalLM
 
@@ -63,3 +63,18 @@ def test_a_run_keeps_its_ranks_and_titles_steer_no_terminal(
     assert protocol["seed"] == 4 and frame.height == 10 and metrics["difference"]["unmasked"]["hit@5"]
     again = compare_frames(read_ranks(tmp_path / "before")[0], frame, seed=4)
     assert metrics["difference"] == again != compare_frames(before, frame, seed=0)
+
+
+def test_baselines_count_train_rows_alone():
+    """a is bought twice in training, b once, c never: c, which all test users bought, is last of three for popularity
+    and, as nothing was seen to follow it, for item to item."""
+    rows = [{"user_id": "u", "history": ["b"], "target": "a"}] * 2 + [
+        {"user_id": "v", "history": ["a"], "target": "b"}
+    ]
+    test = Dataset.from_list([{"user_id": f"w{row}", "history": ["a"], "target": "c"} for row in range(3)])
+    items = Dataset.from_list([{"item_id": item, "title": item} for item in "abc"])
+    data = DatasetDict({"train": Dataset.from_list(rows), "test": test, "items": items})
+    ranks = run_end.baseline_ranks(data, test, synthetic=False)
+    assert set(ranks) == {"popularity", "item_to_item"}
+    for unmasked, masked in ranks.values():
+        assert list(unmasked) == [3, 3, 3] and list(masked) == [2, 2, 2]
