@@ -217,7 +217,7 @@ def check_flags(values: dict[str, Any]) -> None:
     for name in kind.needs:
         if not values[name]:
             example = ", such as Video_Games" if name == "amazon_category" else ""
-            raise UserError(f"--source {values['source']} needs --{name}{example}.")
+            raise UserError(f"--source {values['source']} needs --{name}{example}: add it.")
     filtering = {one.name for part in (FilterArguments, SplitArguments) for one in fields(part)}
     used = {"source", *kind.parameters, *(one.name for one in fields(OutputArguments))}
     used |= set() if kind.ready else filtering

@@ -55,7 +55,7 @@ def cut_dataset(
         rows = {split: _some_users(frame, max_users, dropped) for split, frame in rows.items()}
     for split, frame in rows.items():
         if frame.is_empty():
-            raise UserError(f"The cut leaves no row in split '{split}': raise max_items or max_users.")
+            raise UserError(f"The cut leaves no row in split '{split}': raise --max_items or --max_users.")
     return DatasetDict({split: to_dataset(frame) for split, frame in {**rows, ITEMS: items}.items()})
 
 

@@ -224,5 +224,5 @@ def parse_date(text: str | None, flag: str) -> datetime.datetime | None:
     try:
         date = datetime.datetime.fromisoformat(text)
     except ValueError as error:
-        raise UserError(f"{flag} {text!r} is no date such as 2022-10-01.") from error
+        raise UserError(f"{flag} {text!r} is no date such as 2022-10-01: mend it.") from error
     return date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)

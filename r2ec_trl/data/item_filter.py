@@ -100,5 +100,5 @@ def _is_price(raw: pl.DataFrame, rules: ItemFilter) -> pl.Series:
     if not rules.require_price:
         return pl.repeat(True, raw.height, eager=True)
     if "price" not in raw.columns:
-        raise UserError("--require_price needs items with a column 'price', and this source has none.")
+        raise UserError("--require_price needs items with a column 'price', and this source has none: leave it out.")
     return raw.select(price(pl.col("price")).is_not_null()).to_series()

@@ -23,6 +23,7 @@ from r2ec_trl.data.sources.source import Source
 from r2ec_trl.data.splits import SplitRule, split_targets
 from r2ec_trl.data.text import item_text
 from r2ec_trl.errors import UserError
+from r2ec_trl.progress import report
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,13 @@ def prepare(
     rule.check()
     filters = filters or Filters()
     dropped = Counter(source.dropped)
+    report("ordering, filtering, splitting", 0, 3)
     facts: dict[str, Any] = {"raw_interactions": source.interactions.height}
     with ThreadPoolExecutor(1) as pool:  # polars leaves the interpreter free
         cleaning = pool.submit(item_text, source.items, _fields(item_fields, source), max_field_words)
         events = sort_events(source, filters.tie_break)
         items = cleaning.result()
+    report("ordering, filtering, splitting", 1, 3)
     events = drop_repeats(events, filters.repeats, dropped)
     if filters.min_rating is not None:
         events = _drop_low_ratings(events, filters.min_rating, dropped)
@@ -137,10 +140,11 @@ def prepare(
     if not len(events):
         raise UserError(
             f"Nothing is left of {source.interactions.height:,} interactions after filtering "
-            f"({_largest(dropped)}): filter less."
+            f"({_largest(dropped)}): filter less (--k_core, --min_rating, the time window)."
         )
     facts.update(_facts(events))
     targets = split_targets(events, rule, dropped)
+    report("ordering, filtering, splitting", 2, 3)
     with ThreadPoolExecutor() as pool:
         writing = {
             split: pool.submit(write_rows, part, Path(scratch) / f"{split}.arrow", rule.max_history)
@@ -148,6 +152,7 @@ def prepare(
         }
         splits = {split: future.result() for split, future in writing.items()}
     splits[ITEMS] = to_dataset(_catalogue(items, events))
+    report("ordering, filtering, splitting", 3, 3)
     return Prepared(DatasetDict(splits), Counter({cause: count for cause, count in dropped.items() if count}), facts)
 
 
@@ -157,7 +162,7 @@ def _fields(chosen: Sequence[str] | None, source: Source) -> Sequence[str] | Non
 
 def _drop_low_ratings(events: Events, min_rating: float, dropped: Counter[str]) -> Events:
     if events.rating is None:
-        raise UserError("--min_rating needs ratings, and this source has none.")
+        raise UserError("--min_rating needs ratings, and this source has none: leave it out.")
     high = events.rating >= min_rating
     dropped[f"rating below {min_rating:g}"] += int(len(high) - high.sum())
     return events.keep(high)

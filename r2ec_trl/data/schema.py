@@ -27,6 +27,7 @@ from r2ec_trl.data.sources.jsonl import listing
 from r2ec_trl.data.sources.source import TOO_LATE
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import build_folder, write_json
+from r2ec_trl.progress import report
 
 SPLITS = ("train", "validation", "test")
 ITEMS = "items"
@@ -172,6 +173,7 @@ def save_dataset_folder(dataset: DatasetDict, path: str | os.PathLike[str], card
 def write_dataset(dataset: DatasetDict, folder: Path, card: dict[str, Any], name: str) -> None:
     """[`save_dataset_folder`] into an existing folder; `name` is what sentences call the dataset."""
     _check_card(card, "The dataset card")
+    report("checking and writing rows", 0, rows := sum(map(len, dataset.values())))
     with ThreadPoolExecutor() as pool:  # checking, hashing and writing all leave the interpreter free
         checked = pool.submit(validate_dataset, dataset, name)
         there = [split for split in (*SPLITS, ITEMS) if split in dataset]
@@ -183,6 +185,7 @@ def write_dataset(dataset: DatasetDict, folder: Path, card: dict[str, Any], name
         _name_splits(folder, digests)
         files = sorted(str(file.relative_to(folder)) for split in there for file in (folder / split).iterdir())
         of_files = dict(zip(files, pool.map(lambda file: _digest(folder / file), files)))
+    report("checking and writing rows", rows, rows)
     counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in there}}
     whole = {**card, "counts": counts, "sha256": digests, "files": of_files}
     write_json(folder / CARD, {**whole, CARD_DIGEST: _card_digest(json.loads(json.dumps(whole)))})

@@ -61,11 +61,11 @@ class SplitRule:
         if self.name == "time_ratio":
             if len(self.ratio) != 3 or not (min(self.ratio) > 0 and abs(sum(self.ratio) - 1) <= 1e-6):
                 raise UserError(
-                    f"--ratio {' '.join(map(str, self.ratio))} must be three positive shares that sum to 1."
+                    f"--ratio {' '.join(map(str, self.ratio))} must be three positive shares that sum to 1: mend it."
                 )
         if self.name == "time_cut":
             if self.validation_from is None or self.test_from is None or self.validation_from >= self.test_from:
-                raise UserError("--split time_cut needs --validation_from and a later --test_from.")
+                raise UserError("--split time_cut needs --validation_from and a later --test_from: give both.")
 
 
 class Targets(NamedTuple):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from r2ec_trl import progress
 from r2ec_trl.data import import_amazon, import_recbole, import_sequences, import_table
 from r2ec_trl.data.events import sort_events
 from r2ec_trl.data.item_filter import ItemFilter, filter_items
@@ -351,3 +352,14 @@ def test_amazon_items_that_nobody_bought(tmp_path):
     (tmp_path / "meta_Toys.jsonl").write_text('{"parent_asin": "X1", "title": "X"}\n')
     with pytest.raises(UserError, match=r"No item of Toys \(5core\) is in the catalogue: 'B1' is one of its ids"):
         import_amazon("Toys", tmp_path)
+
+
+def test_long_reading_is_reported(table):
+    seen = []
+    progress.watch(watcher := lambda *told: seen.append(told))
+    try:
+        source = table(LOG + "w,1,5,40\n" * 2_000_000)
+    finally:
+        progress.unwatch(watcher)
+    assert source.interactions.height == 2_000_003 and {told[0] for told in seen} == {"reading log.csv, MiB"}
+    assert seen[-1][1:] == (17, 17) and len(seen) > 2 and sorted(seen) == seen

@@ -22,6 +22,7 @@ from r2ec_trl.data.sources.source import (
     checked_ids,
 )
 from r2ec_trl.errors import UserError
+from r2ec_trl.progress import report
 
 HUB = "McAuley-Lab/Amazon-Reviews-2023"
 AUTHORS_URL = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023"
@@ -53,7 +54,7 @@ def import_amazon(
     reviews: str = "5core",
     download_dir: str | os.PathLike[str] = DOWNLOADS,
     skip_bad_rows: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = report,
 ) -> Source:
     """
     Read one category of Amazon Reviews 2023. Times are in milliseconds; items are told apart by `parent_asin`.
@@ -71,7 +72,7 @@ def import_amazon(
             Where files fetched by URL are kept; the hub has its own cache.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Leave bad rows out and count them.
-        progress (`Callable`, *optional*):
+        progress (`Callable`, *optional*, defaults to [`~r2ec_trl.progress.report`]):
             Told about downloads by URL.
     """
     if reviews not in REVIEWS:

@@ -357,7 +357,7 @@ def _header(line: bytes, dialect: Dialect, path: str | os.PathLike[str]) -> list
     if isinstance(fields, str):
         raise UserError(f"{path}, header line: {fields}; save the file as UTF-8 with one line a row.")
     if not fields:
-        raise UserError(f"{path} has no header line to name its columns.")
+        raise UserError(f"{path} has no header line to name its columns: write one.")
     return _unique([name.strip() or f"{UNNAMED}{at}" for at, name in enumerate(fields)], path)
 
 

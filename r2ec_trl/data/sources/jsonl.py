@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import polars as pl
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.progress import report
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE = 64 << 20  # bytes: a longer one is no table, and would not fit into memory
@@ -101,6 +102,7 @@ def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iter
     first_row, rest = 1, b""
     with open_maybe_gzip(path) as file, ThreadPoolExecutor(1) as pool:
         reading, is_first = pool.submit(file.read, block_bytes), True
+        packed, size = getattr(file, "fileobj", None) or file, os.path.getsize(path) >> 20
         while True:
             try:
                 read = reading.result()
@@ -111,6 +113,7 @@ def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iter
                 ) from error
             if is_first:
                 is_first, read = False, _checked_start(read, path)
+            report(f"reading {os.path.basename(path)}, MiB", packed.tell() >> 20 if read else size, size)
             if read:
                 reading = pool.submit(file.read, block_bytes)
             end = read.rfind(b"\n") + 1
