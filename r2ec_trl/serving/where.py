@@ -1,18 +1,47 @@
-"""A condition on the catalogue's columns, for `where`."""
+"""A condition on the catalogue's columns, for `where`: a small grammar, parsed here and compiled to polars."""
 
+import operator
 import re
+from collections.abc import Callable
+from typing import Any
 
 import polars as pl
 
 from r2ec_trl.errors import UserError
 
+MAX_LENGTH, MAX_DEPTH, MAX_TERMS = 100_000, 50, 2_000  # characters, nested parentheses, comparisons
+_COMPARED = 50  # numbers of IN that are compared one by one
+TYPES = {
+    **dict.fromkeys(("DOUBLE", "FLOAT", "REAL"), pl.Float64),
+    **dict.fromkeys(("BIGINT", "INT", "INTEGER"), pl.Int64),
+    **dict.fromkeys(("VARCHAR", "TEXT", "STRING"), pl.String),
+    **dict.fromkeys(("BOOLEAN", "BOOL"), pl.Boolean),
+}
+_TOKEN = re.compile(
+    r"\s+|(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?!\w))|(?P<text>'(?:[^']|'')*')"
+    r'|(?P<column>"(?:[^"]|"")*")'
+    r"|(?P<word>[^\W\d]\w*)|(?P<sign><=|>=|<>|!=|[=<>(),+-])"
+)
+_VALUES = {"TRUE": True, "FALSE": False, "NULL": None}
+_WORDS = {"AND", "OR", "NOT", "IN", "BETWEEN", "LIKE", "IS", "CAST", "AS", *_VALUES}
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "<>": operator.ne,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
 
 def matching_rows(items: pl.DataFrame, where: str) -> list[bool]:
     """
-    Whether each row meets an SQL condition; unknown (null) is no.
+    Whether each row meets a condition in SQL's words; unknown (null) is no.
 
-    The condition is an expression over the columns: it can name no file and hold no query. Text that is compared with
-    a number counts as one where the whole column holds numbers, such as `$1,299.00`.
+    It may hold columns, numbers, `'texts'`, `TRUE`, `FALSE`, comparisons, `AND`, `OR`, `NOT`, parentheses, `IN (…)`,
+    `BETWEEN … AND …`, `LIKE`, `IS [NOT] NULL`, `CAST(column AS DOUBLE)`, `MIN(column)`, `MAX(column)`; nothing else.
+    Text that is compared with a number counts as one where the whole column holds numbers, such as `$1,299.00`.
 
     ```python
     >>> matching_rows(pl.DataFrame({"price": [10.0, 80.0, None]}), "price < 50")
@@ -20,31 +49,194 @@ def matching_rows(items: pl.DataFrame, where: str) -> list[bool]:
 
     ```
     """
-    if re.search(r"\bselect\b", re.sub(r"'[^']*'|\"[^\"]*\"", "", where), flags=re.IGNORECASE):
-        raise UserError(f'`where` is {where!r}; give a condition on columns, such as "price < 50", without a query.')
+    if not isinstance(where, str) or len(where) > MAX_LENGTH:
+        raise UserError(f'`where` is {where!r:.80}; give a short condition on columns, such as "price < 50".')
+    condition = _Parser(where, items.columns).condition()
     try:
         try:
-            mask = _mask(items, where)
-        except pl.exceptions.ComputeError:  # text against a number: prices are often stored as text
-            mask = _mask(_with_numbers(items), where)
-    except pl.exceptions.ColumnNotFoundError as error:
-        raise UserError(
-            f"`where` is {where!r}, but {str(error).splitlines()[0].split(';')[0]}; the catalogue has "
-            f"{', '.join(items.columns)}."
-        ) from error
+            mask = items.with_columns(condition.alias("mask"))["mask"]
+        except pl.exceptions.PolarsError:  # text against a number: prices are often stored as text
+            mask = _with_numbers(items).with_columns(condition.alias("mask"))["mask"]
     except pl.exceptions.PolarsError as error:
         raise UserError(
-            f'`where` is {where!r}: {str(error).splitlines()[0]}; give a condition such as "price < 50" (text '
+            f'`where` is {where!r:.200}: {str(error).splitlines()[0]}; give a condition such as "price < 50" (text '
             'columns: "CAST(price AS DOUBLE) < 50").'
         ) from error
     if mask.dtype != pl.Boolean:
-        raise UserError(f"`where` is {where!r}, which is {mask.dtype}, not true or false; compare it with something.")
-    mask = mask.fill_null(False)
-    return mask.to_list() if len(mask) == len(items) else [bool(mask[0])] * len(items)
+        raise UserError(
+            f"`where` is {where!r:.200}, which is {mask.dtype}, not true or false; compare it with something."
+        )
+    return mask.fill_null(False).to_list()
 
 
-def _mask(items: pl.DataFrame, where: str) -> pl.Series:
-    return items.select(pl.lit(True).alias("_"), pl.sql_expr(where).alias("mask"))["mask"]
+class _Parser:
+    """Recursive descent: OR, AND, NOT, comparison, operand."""
+
+    def __init__(self, where: str, columns: list[str]):
+        self.where, self.columns, self.depth, self.terms = where, columns, 0, 0
+        self.tokens: list[tuple[str, str]] = []  # kind and text
+        at = 0
+        while at < len(where):
+            found = _TOKEN.match(where, at)
+            if found is None:
+                raise self._error(f"{where[at:at + 20]!r} is not understood")
+            at, kind = found.end(), found.lastgroup
+            if kind is not None:
+                is_word = kind == "word" and found[0].upper() in _WORDS
+                self.tokens.append((kind, found[0].upper() if is_word else found[0]))
+        self.tokens.append(("end", "the end"))
+        self.at = 0
+
+    def condition(self) -> pl.Expr:
+        """The whole text as an expression."""
+        expression = self._any()
+        self._need("the end")
+        return expression
+
+    def _any(self) -> pl.Expr:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self._error(f"more than {MAX_DEPTH} parentheses stand inside one another")
+        expression = self._joined("OR", operator.or_, lambda: self._joined("AND", operator.and_, self._not))
+        self.depth -= 1
+        return expression
+
+    def _joined(self, word: str, join: Callable[[pl.Expr, pl.Expr], pl.Expr], part: Callable[[], pl.Expr]) -> pl.Expr:
+        parts = [part()]
+        while self._take(word):
+            parts.append(part())
+        return self._tree(join, parts)
+
+    @staticmethod
+    def _tree(join: Callable[[pl.Expr, pl.Expr], pl.Expr], parts: list[pl.Expr]) -> pl.Expr:
+        while len(parts) > 1:  # a flat tree: polars would walk a chain of hundreds by recursion
+            parts = [
+                join(*pair) if len(pair) == 2 else pair[0]
+                for pair in (parts[at : at + 2] for at in range(0, len(parts), 2))
+            ]
+        return parts[0]
+
+    def _not(self) -> pl.Expr:
+        negations = 0
+        while self._take("NOT"):
+            negations += 1
+        expression = self._comparison()
+        return ~expression if negations % 2 else expression
+
+    def _comparison(self) -> pl.Expr:
+        self.terms += 1
+        if self.terms > MAX_TERMS:
+            raise self._error(f"it has more than {MAX_TERMS:,} comparisons")
+        left = self._operand()
+        if self._take("IS"):
+            negated = self._take("NOT")
+            self._need("NULL")
+            return left.is_not_null() if negated else left.is_null()
+        negated = self._take("NOT")
+        if self._take("IN"):
+            expression = self._in(left)
+        elif self._take("BETWEEN"):
+            low = self._operand()
+            self._need("AND")
+            expression = (left >= low) & (left <= self._operand())
+        elif self._take("LIKE"):
+            expression = left.str.contains(_like(self._literal(str)))
+        elif negated:
+            raise self._error("NOT must be followed by IN, BETWEEN or LIKE here")
+        elif self.tokens[self.at][1] in _COMPARE:
+            compare = _COMPARE[self._next()[1]]
+            return compare(left, self._operand())
+        else:
+            return left
+        return ~expression if negated else expression
+
+    def _in(self, left: pl.Expr) -> pl.Expr:
+        self._need("(")
+        values = [self._literal()]
+        while self._take(","):
+            values.append(self._literal())
+        self._need(")")
+        known = [value for value in values if value is not None]
+        if len({isinstance(value, str) for value in known}) > 1:
+            raise self._error("the values of IN are texts and numbers; give one kind")
+        if known and isinstance(known[0], str):
+            found = left.is_in(known)
+        elif len(known) > _COMPARED:
+            found = left.cast(pl.Float64).is_in([float(value) for value in known])
+        else:
+            found = self._tree(operator.or_, [pl.lit(False), *(left == value for value in known)])
+        return found if len(known) == len(values) else pl.when(found).then(True)  # else null
+
+    def _operand(self) -> pl.Expr:
+        kind, text = self._next()
+        if text == "(":
+            expression = self._any()
+            self._need(")")
+            return expression
+        if text == "CAST":
+            self._need("(")
+            expression = self._operand()
+            self._need("AS")
+            kind, text = self._next()
+            if text.upper() not in TYPES:
+                raise self._error(f"{text!r:.40} is no type; give {', '.join(TYPES)}")
+            self._need(")")
+            return expression.cast(TYPES[text.upper()], strict=False)
+        if text.lower() in ("min", "max") and self._take("("):
+            column = self._operand()
+            self._need(")")
+            return column.min() if text.lower() == "min" else column.max()
+        if kind == "column" or (kind == "word" and text not in _WORDS):
+            name = text[1:-1].replace('""', '"') if kind == "column" else text
+            if name not in self.columns:
+                known = ", ".join(self.columns)
+                raise UserError(
+                    f'`where` is {self.where!r:.200}, but unable to find column "{name}"; the catalogue has {known}.'
+                )
+            return pl.col(name)
+        self.at -= 1
+        return pl.lit(self._literal())
+
+    def _literal(self, wanted: type = object) -> Any:
+        kind, text = self._next()
+        sign = -1 if text == "-" else 1
+        if text in ("-", "+"):
+            kind, text = self._next()
+        elif kind == "text":
+            return text[1:-1].replace("''", "'")
+        elif text in _VALUES and wanted is object:
+            return _VALUES[text]
+        if kind != "number" or wanted is not object:
+            raise self._error(f"{text!r:.40} is not expected")
+        number = sign * (int(text) if text.isdigit() and len(text) < 19 else float(text))
+        return number
+
+    def _next(self) -> tuple[str, str]:
+        self.at += 1
+        return self.tokens[min(self.at, len(self.tokens)) - 1]
+
+    def _take(self, text: str) -> bool:
+        kind, found = self.tokens[min(self.at, len(self.tokens) - 1)]
+        taken = found == text and kind in ("word", "sign", "end")
+        self.at += taken
+        return taken
+
+    def _need(self, text: str) -> None:
+        if not self._take(text):
+            found = self.tokens[min(self.at, len(self.tokens) - 1)][1]
+            raise self._error(f"{found!r:.40} stands where {text} is expected")
+
+    def _error(self, reason: str) -> UserError:
+        return UserError(
+            f'`where` is {self.where!r:.200}: {reason}; give a condition on columns, such as "price < 50 AND brand = '
+            "'Fenta'\", without functions and queries."
+        )
+
+
+def _like(pattern: str) -> str:
+    """A regular expression for LIKE: % is any text, _ any character."""
+    parts = {"%": ".*", "_": "."}
+    return "(?s)^" + "".join(parts.get(character) or re.escape(character) for character in pattern) + "$"
 
 
 def _with_numbers(items: pl.DataFrame) -> pl.DataFrame:
