@@ -95,8 +95,7 @@ def answer_users(
     rollouts = dict(zip(written, made, strict=True))
     for number in set(range(len(prompt_ids))).difference(written):
         text = "" if reasonings[number] == "none" else reasonings[number]
-        ids = prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
-        rollouts[number] = reader.finish(ids, end_ids=[])
+        rollouts[number] = reader.finish(prompts.plain.ids(text), end_ids=[])
     sequences = [list(ids) + rollouts[number].ids for number, ids in enumerate(prompt_ids)]
     states = table.project(make_encoder(model, prompts, token_budget)(sequences)).to(table.device)
     return states, [rollouts[number] for number in range(len(prompt_ids))]

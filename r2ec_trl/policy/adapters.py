@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from r2ec_trl.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_WEIGHT = 65_504.0  # the largest number of float16; no trained adapter comes near it
 
 
 def adapter_folder(adapter: str) -> Path:
@@ -50,7 +52,7 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         config = PeftConfig.from_pretrained(str(adapter_folder(adapter)))
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, OSError, AttributeError, RecursionError) as error:
         raise UserError(f"The adapter {adapter!r}: {CONFIG_FILE} cannot be read: {_first_line(error)}") from error
     if config.peft_type != PeftType.LORA:
         raise UserError(
@@ -108,7 +110,17 @@ def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, tra
             loaded = peft_model.load_adapter(
                 str(folder), "default", is_trainable=trainable, ignore_mismatched_sizes=True, torch_device="cpu"
             )
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         raise UserError(f"{misfit}{_first_line(error)}") from error
     expected = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(peft_model).items()}
     for key in sorted(shapes.keys() & expected.keys()):
@@ -127,9 +139,20 @@ def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, tra
 def _tensor_shapes(file: Path, adapter: str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                _check_values(tensors.get_tensor(key), f"The adapter {adapter!r}: {key} of {WEIGHTS_FILE}")
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"The adapter {adapter!r}: {WEIGHTS_FILE} is damaged: {_first_line(error)}") from error
+
+
+def _check_values(tensor: torch.Tensor, name: str) -> None:
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise UserError(
+            f"{name} holds {str(tensor.dtype).removeprefix('torch.')}; weights are floating-point numbers."
+        )
+    if tensor.numel() and not tensor.abs().max() <= MAX_WEIGHT:  # NaN is not
+        raise UserError(f"{name} holds NaN, infinity or a number beyond {MAX_WEIGHT:,.0f}; the file is damaged.")
 
 
 def _shape_sentence(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:

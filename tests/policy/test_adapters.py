@@ -222,3 +222,37 @@ def test_no_such_adapter(tiny_model_folder):
     for name in ("nowhere/at-all", "/no/such/folder", "gone"):
         with pytest.raises(UserError, match="neither a folder nor a hub id"):
             load(name, tiny_model_folder("gemma2"))
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda tensor: tensor.float().fill_(torch.nan), "holds NaN, infinity or a number beyond 65,504"),
+        (lambda tensor: tensor.float().index_fill(0, torch.tensor([0]), -torch.inf), "holds NaN, infinity"),
+        (lambda tensor: tensor.float().fill_(1e38), "holds NaN, infinity or a number beyond"),
+        (lambda tensor: tensor.to(torch.int8), "holds int8; weights are floating-point numbers"),
+        (lambda tensor: tensor.bool(), "holds bool; weights"),
+    ],
+)
+def test_weights_that_are_no_weights_are_refused_by_name(released, tiny_model_folder, spoil, sentence):
+    weights = load_file(released / "adapter_model.safetensors")
+    key = sorted(weights)[3]
+    save_file({**weights, key: spoil(weights[key])}, released / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"{key} of adapter_model.safetensors {sentence}"):
+        load(released, tiny_model_folder("gemma2"))
+
+
+def test_settings_of_another_type_are_one_sentence_or_change_nothing(released, tiny_model_folder):
+    file = released / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    names = ("r", "lora_alpha", "target_modules", "peft_type", "rank_pattern", "alpha_pattern", "bias", "task_type")
+    refused = 0
+    for name in names:
+        for value in (None, True, -1, 0, 0.5, "x", [1], {"x": []}):
+            file.write_text(json.dumps({**settings, name: value}))
+            try:
+                load(released, tiny_model_folder("gemma2"))
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error), (name, value)
+    assert refused >= 20

@@ -170,6 +170,17 @@ def test_mistakes_are_one_sentence(recommender, arguments, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_a_given_reasoning_is_text_and_no_token_of_its_own(recommender):
+    """Special tokens in it are broken up; text without any is taken as it is, blanks and lines included."""
+    tokenizer, eos = recommender.bundle.tokenizer, recommender.bundle.tokenizer.eos_token
+    ids = recommender.bundle.prompts.plain.ids(f"a  bow\n{eos} and <answer> more")
+    assert not set(ids) & set(tokenizer.all_special_ids) and "bow" in tokenizer.decode(ids)
+    text = "a  bow\n  is next"
+    assert recommender.bundle.prompts.plain.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    [spoken] = recommender.recommend([["i00"]], 3, reasoning=f"an oboe {eos} reed")
+    assert eos not in spoken.reasoning and spoken.reasoning.endswith("reed") and len(spoken.items) == 3
+
+
 # --------------------------------------------------------------------------- the recipe
 @pytest.fixture
 def recipe(monkeypatch, capsys):
