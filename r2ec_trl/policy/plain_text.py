@@ -42,7 +42,7 @@ class PlainText:
         self._marks = {ord(mark): " " for word in words for mark in word if not mark.isalnum()}
         control = sorted(word for word in special if not re.fullmatch("<0x[0-9A-F]{2}>", word))  # bytes are text
         ids: list[int] = tokenizer.convert_tokens_to_ids(control)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._ids = frozenset(ids) - {tokenizer.unk_token_id}  # unknown characters are text as well
 
     def clean(self, line: str) -> str:
@@ -71,7 +71,7 @@ class PlainText:
         """Token ids of a text without special tokens; one that would become such is broken up, line by line."""
         for clean in (str, self.clean, self.bare):
             line = "\n".join(map(clean, text.split("\n")))
-            ids: list[int] = self._tokenizer(line, add_special_tokens=False)["input_ids"]
+            ids: list[int] = self.tokenizer(line, add_special_tokens=False)["input_ids"]
             if not self.specials(ids):
                 return ids
         raise UserError(f"The tokenizer reads the text {text!r:.80} as special tokens; change it.")
