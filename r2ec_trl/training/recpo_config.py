@@ -134,7 +134,9 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     )
     watch_steps: int = field(
         default=10,
-        metadata={"help": "Every so many steps measure gradient norms of both terms, row cosines, fresh-rank gain."},
+        metadata={
+            "help": "Every so many steps measure gradient norms of both terms, row cosines, fresh-rank gain; 0: never."
+        },
     )
 
     def __post_init__(self) -> None:
