@@ -164,5 +164,5 @@ def reasoning_price(metrics: Mapping[str, Any]) -> str:
         return f"NDCG@10 on the test split is {found['full']:.3f} with reasoning and {found['none']:.3f} without."
     return (
         "The bundle holds no figures without reasoning; `recipes/evaluate.py --bundle BUNDLE --dataset DATASET "
-        "--reasoning full none --record` measures them and keeps them with it."
+        "--reasoning full none` measures what it costs."
     )
