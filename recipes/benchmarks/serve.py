@@ -114,8 +114,8 @@ def run(words: list[str]) -> dict[str, Any]:
                     sizes = [draw.randint(1, 8) for _ in range(max(8, min(args.most, round(count))))]
                     return [{"users": [{"history": draw.sample(ids, size)}], "reasoning": mode} for size in sizes]
 
-                asyncio.run(load(address, bodies(64), None))  # warms up
-                capacity = asyncio.run(load(address, bodies(512), None))["users_a_second"]
+                asyncio.run(load(address, bodies(32), None))  # warms up
+                capacity = asyncio.run(load(address, bodies(128), None))["users_a_second"]
                 for share in args.shares:
                     rate = share * capacity
                     result = asyncio.run(load(address, bodies(rate * args.seconds), rate))
