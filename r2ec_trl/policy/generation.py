@@ -1,11 +1,14 @@
 """Greedy reasoning with transformers, and where its `generate` stops."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from r2ec_trl.policy.batching import check_length, length_sorted_batches
+from r2ec_trl.policy.decoding import decode, settings
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch
 from r2ec_trl.progress import track
 
@@ -19,12 +22,11 @@ class MarkerCriteria(StoppingCriteria):
     def __init__(self, reader: MarkerReader, prompt_length: int):
         self.reader = reader
         self.prompt_length = prompt_length
-        self.window = 2 * len(reader.marker.encode()) + 2  # a token holds at least one byte, but for special ones
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         """Whether the newest tokens of each row hold the marker, `(batch,)`."""
-        tail = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.window) :]
-        done = [self.reader.marker in self.reader.text(row) for row in tail.tolist()]
+        tail = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.reader.window) :]
+        done = [self.reader.completes(row) for row in tail.tolist()]
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -41,18 +43,43 @@ class WatchCriteria(StoppingCriteria):
 
 
 def stop_generate_at_marker(model: PreTrainedModel, reader: MarkerReader) -> None:
-    """Wrap the base model's `generate` once, so that TRL's own call to it stops at the marker."""
+    """
+    Wrap the base model's `generate` once, so that TRL's own call to it stops at the marker, and is answered by
+    [`~r2ec_trl.policy.decoding.decode`] where that covers what is asked.
+    """
     inner_generate = model.generate
 
     def generate(inputs=None, *args, **kwargs):
         input_ids = kwargs["input_ids"] if inputs is None else inputs
+        if inputs is None and not args and set(kwargs) == {"input_ids", "attention_mask", "generation_config"}:
+            config = settings(model, kwargs["generation_config"])
+            if config is not None:
+                return _decoded(model, reader, input_ids, kwargs["attention_mask"], config)
         criteria = StoppingCriteriaList([MarkerCriteria(reader, input_ids.shape[1])])
         criteria.extend(kwargs.pop("stopping_criteria", None) or [])
         if inputs is not None:
             args = (inputs, *args)
         return inner_generate(*args, stopping_criteria=criteria, **kwargs)
 
+    generate.by_decoding = True  # type: ignore[attr-defined]
     model.generate = generate
+
+
+def _decoded(
+    model: PreTrainedModel,
+    reader: MarkerReader,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    config: GenerationConfig,
+) -> torch.Tensor:
+    """What `generate` returns: prompts as they came, and completions padded on the right, `(rows, length)`."""
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+    written = decode(model, reader, prompts, config)
+    pad = config.pad_token_id
+    output = input_ids.new_full((len(written), max(map(len, written))), 0 if pad is None else pad)
+    for row, ids in enumerate(written):
+        output[row, : len(ids)] = torch.tensor(ids, dtype=output.dtype)
+    return torch.cat([input_ids, output], dim=1)
 
 
 @torch.no_grad()
@@ -100,6 +127,12 @@ def generate_reasoning(
         eos_token_id=stop_ids,
         disable_compile=True,
     )
+    base = model.get_base_model() if is_peft_model(model) else model
+    prompt_learning = base is not model and model.active_peft_config.is_prompt_learning
+    changed = [part for part in (model, base) if "generate" in vars(part)]  # someone else's goes first
+    ours = not prompt_learning and all(hasattr(part.generate, "by_decoding") for part in changed)
+    covered = settings(base, config) if ours else None
+    end_ids = [*stop_ids, tokenizer.pad_token_id]
     device = next(model.parameters()).device
     rollouts: dict[int, Rollout] = {}
     lengths = [len(ids) + max_new_tokens for ids in prompt_ids]
@@ -107,6 +140,11 @@ def generate_reasoning(
     check_length(model.config, max(lengths, default=0), "A user prompt and its reasoning", cures)
     batches = length_sorted_batches(lengths, batch_tokens)
     for batch in track(batches, "users reasoned"):
+        if covered is not None:
+            seen = None if watch is None else partial(_numbered, watch, batch)
+            written = decode(base, reader, [prompt_ids[index] for index in batch], covered, seen)
+            rollouts.update({i: reader.finish(ids, end_ids) for i, ids in zip(batch, written, strict=True)})
+            continue
         length = len(prompt_ids[batch[0]])  # longest first
         input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -123,5 +161,9 @@ def generate_reasoning(
             stopping_criteria=StoppingCriteriaList(criteria),
         )
         for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
-            rollouts[index] = reader.finish(ids, [*stop_ids, tokenizer.pad_token_id])
+            rollouts[index] = reader.finish(ids, end_ids)
     return [rollouts[index] for index in range(len(prompt_ids))]
+
+
+def _numbered(watch: Watch, numbers: Sequence[int], place: int, ids: list[int]) -> bool | None:
+    return watch(numbers[place], ids)

@@ -61,10 +61,22 @@ class MarkerReader:
         self.tokenizer = tokenizer
         self.marker = marker
         self.marker_ids: list[int] = tokenizer(marker, add_special_tokens=False)["input_ids"]
+        self.window = 2 * len(marker.encode()) + 2  # a token holds at least one byte, but for special ones
+        self._may_end: dict[int, bool] = {}  # token -> whether it can complete the marker
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def completes(self, ids: Sequence[int]) -> bool:
+        """Whether the newest tokens hold the marker; the text is looked at only where the last one can end it."""
+        last = ids[-1] if ids else None
+        if last is None:
+            return False
+        if last not in self._may_end:
+            text = self.text([last])  # half a letter is no text yet
+            self._may_end[last] = not text.strip() or "\ufffd" in text or self.marker[-1] in text
+        return self._may_end[last] and self.marker in self.text(ids[-self.window :])
 
     def end(self, ids: Sequence[int]) -> int | None:
         """How many ids go up to and with the one that completes the first marker; `None` without a marker."""
