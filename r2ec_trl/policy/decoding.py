@@ -232,9 +232,9 @@ def _prefill(
     for batch in length_sorted_batches([len(prompt) for prompt in distinct], PREFILL_TOKENS):
         longest = len(distinct[batch[0]])
         ids, seen = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(2))
-        for place, prompt in enumerate(batch):
-            ids[place, longest - len(distinct[prompt]) :] = torch.tensor(distinct[prompt])
-            seen[place, longest - len(distinct[prompt]) :] = 1
+        for place, which in enumerate(batch):
+            ids[place, longest - len(distinct[which]) :] = torch.tensor(distinct[which])
+            seen[place, longest - len(distinct[which]) :] = 1
         seen = seen.to(device)
         cache: Any = Cache(layers=[DynamicLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
         output = model(
@@ -259,7 +259,7 @@ def _prefill(
         for room, layer in zip(rooms, cache.layers, strict=True):
             room[0][rows, :, width - longest : width] = layer.keys[places]
             room[1][rows, :, width - longest : width] = layer.values[places]
-    return logits, Cache(layers=[_Room(*room, width) for room in rooms]), mask
+    return logits, Cache(layers=[_Room(keys, values, width) for keys, values in rooms]), mask
 
 
 @contextmanager

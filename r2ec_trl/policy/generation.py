@@ -48,10 +48,16 @@ def stop_generate_at_marker(model: PreTrainedModel, reader: MarkerReader) -> Non
     [`~r2ec_trl.policy.decoding.decode`] where that covers what is asked.
     """
     inner_generate = model.generate
+    replaced = "generate" in vars(model)  # someone else's goes first
 
     def generate(inputs=None, *args, **kwargs):
         input_ids = kwargs["input_ids"] if inputs is None else inputs
-        if inputs is None and not args and set(kwargs) == {"input_ids", "attention_mask", "generation_config"}:
+        if (
+            not replaced
+            and inputs is None
+            and not args
+            and set(kwargs) == {"input_ids", "attention_mask", "generation_config"}
+        ):
             config = settings(model, kwargs["generation_config"])
             if config is not None:
                 return _decoded(model, reader, input_ids, kwargs["attention_mask"], config)
@@ -61,7 +67,7 @@ def stop_generate_at_marker(model: PreTrainedModel, reader: MarkerReader) -> Non
             args = (inputs, *args)
         return inner_generate(*args, stopping_criteria=criteria, **kwargs)
 
-    generate.by_decoding = True  # type: ignore[attr-defined]
+    generate.by_decoding = not replaced  # type: ignore[attr-defined]
     model.generate = generate
 
 
@@ -130,7 +136,7 @@ def generate_reasoning(
     base = model.get_base_model() if is_peft_model(model) else model
     prompt_learning = base is not model and model.active_peft_config.is_prompt_learning
     changed = [part for part in (model, base) if "generate" in vars(part)]  # someone else's goes first
-    ours = not prompt_learning and all(hasattr(part.generate, "by_decoding") for part in changed)
+    ours = not prompt_learning and all(getattr(part.generate, "by_decoding", False) for part in changed)
     covered = settings(base, config) if ours else None
     end_ids = [*stop_ids, tokenizer.pad_token_id]
     device = next(model.parameters()).device
