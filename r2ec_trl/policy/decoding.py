@@ -283,11 +283,11 @@ def _grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     if kept not in ("sdpa", "eager") or config.model_type not in GROUPED_MODELS:
         yield
         return
-    config._attn_implementation = GROUPED
+    setattr(config, "_attn_implementation", GROUPED)  # transformers' name, not one of this module's
     try:
         yield
     finally:
-        config._attn_implementation = kept
+        setattr(config, "_attn_implementation", kept)
 
 
 def grouped_attention(
