@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 GIB = 2**30
 # Of the matrix libraries, masks and sampling: what three H100 runs took beyond the formulas
@@ -126,6 +127,16 @@ class Precision:
         return 2 if self.quantised else 4
 
 
+def empty_model(
+    config: PreTrainedConfig, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A model without storage, to count its parameters and to see its modules."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+
+
 def model_shape(
     config: PreTrainedConfig,
     attn_implementation: str | None = None,
@@ -146,31 +157,29 @@ def model_shape(
         lora_modules (`str` or `list[str]`, *optional*):
             Names of adapted modules, or `"all-linear"`.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+    model = empty_model(config, attn_implementation, trust_remote_code)
     text = config.get_text_config()
     head = model.get_output_embeddings()
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
     wanted = [lora_modules] if isinstance(lora_modules, str) else lora_modules or []
     adapted = [
         module for name, module in linears.items() if "all-linear" in wanted or name.rsplit(".", 1)[-1] in wanted
     ]
-    heads = text.num_attention_heads
+    inputs = sum(module.weight.shape[0 if isinstance(module, Conv1D) else 1] for module in adapted)
+    heads = getattr(text, "num_attention_heads", None) or 1
     norms = sum("norm" in type(module).__name__.lower() for module in model.modules()) // text.num_hidden_layers
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear=sum(module.weight.numel() for module in linears.values()),
-        adapter=lora_rank * sum(module.in_features + module.out_features for module in adapted),
-        adapter_inputs=sum(module.in_features for module in adapted) // text.num_hidden_layers,
+        adapter=lora_rank * sum(sum(module.weight.shape) for module in adapted),
+        adapter_inputs=inputs // text.num_hidden_layers,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         heads=heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads,

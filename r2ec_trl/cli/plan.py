@@ -9,17 +9,28 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 
-from r2ec_trl.cli.memory import GIB, STAYS, ModelShape, Precision, Workload, memory_plan, model_shape, optimizer_steps
+from r2ec_trl.cli.memory import (
+    GIB,
+    STAYS,
+    ModelShape,
+    Precision,
+    Workload,
+    empty_model,
+    memory_plan,
+    model_shape,
+    optimizer_steps,
+)
 from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.adapters import read_adapter_config
+from r2ec_trl.policy.batching import positions_of
+from r2ec_trl.policy.checks import check_no_hub_code, fit_targets
 from r2ec_trl.policy.loading import DEMO, PolicyArguments
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.training.launch import check_sharding, settle_checkpointing
@@ -111,8 +122,13 @@ def make_plan(args: RecPOConfig, policy: PolicyArguments, dataset: DatasetDict) 
     shared = {"revision": policy.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
         config, tokenizer = AutoConfig.from_pretrained(name, **shared), AutoTokenizer.from_pretrained(name, **shared)
-    except (OSError, HFValidationError) as error:
-        raise UserError(f"The model {name!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"The model {name!r} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from error
+    check_no_hub_code(config, policy.attn_implementation, args.trust_remote_code)
+    targets = None
+    if rank and policy.adapter is None:
+        found, targets = fit_targets(modules, empty_model(config, None, args.trust_remote_code))
+        modules = found if isinstance(found, str) else list(found)
     shape = model_shape(config, policy.attn_implementation, rank, modules, args.trust_remote_code)
     on_gpu = torch.cuda.is_available() and not args.use_cpu
     device_bytes = float(torch.cuda.get_device_properties(0).total_memory) if on_gpu else None
@@ -126,7 +142,7 @@ def make_plan(args: RecPOConfig, policy: PolicyArguments, dataset: DatasetDict) 
     steps = optimizer_steps(len(dataset["train"]), args)
     plan = Plan(name, shape, workload, memory, device_bytes, steps, installed_versions(), [])
     plan.problems = [*_memory_problems(plan, precision), *_config_problems(plan, args, policy, config)]
-    plan.problems += version_problems(plan.versions)
+    plan.problems += [*filter(None, [targets]), *version_problems(plan.versions)]
     return plan
 
 
@@ -210,8 +226,8 @@ def _memory_problems(plan: Plan, precision: Precision) -> list[str]:
 def _config_problems(plan: Plan, args: RecPOConfig, policy: PolicyArguments, config: Any) -> list[str]:
     problems = []
     text = config.get_text_config()
-    length, limit = plan.workload.prompt_tokens + plan.workload.completion_tokens, text.max_position_embeddings
-    if length > limit:
+    length, limit = plan.workload.prompt_tokens + plan.workload.completion_tokens, positions_of(config)
+    if limit is not None and length > limit:
         problems.append(
             f"Prompt and completion take up to {length:,} tokens, the model reads {limit:,}; lower "
             "--max_prompt_length or --max_completion_length."

@@ -1,6 +1,7 @@
 """`--plan`: its formulas against counted parameters, saved tensors and real runs."""
 
 import io
+import re
 import runpy
 from pathlib import Path
 
@@ -8,7 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    MambaConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 from r2ec_trl.cli.memory import Precision, Workload, layer_activations, memory_plan, model_shape, optimizer_steps
 from r2ec_trl.cli.plan import ROOM, _memory_problems, installed_versions, make_plan, version_problems
@@ -225,3 +235,24 @@ def test_the_benchmark_of_a_step_runs_on_a_cpu(capsys):
     assert set(result["seconds_by_part"][0]) == {"generate", "sync", "score", "items", "train"}
     with pytest.raises(UserError, match="do not split"):
         step["measure"](step["StepArguments"](shape="toy", users=2, micro_batch=3), PolicyArguments())
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (
+            Phi3Config(hidden_size=32, intermediate_size=64, num_attention_heads=2, pad_token_id=0),
+            "no q_proj, k_proj, v",
+        ),
+        (GPT2Config(n_embd=32, n_head=2), "GPT2LMHeadModel has no q_proj.*LoRA goes on c_attn, c_fc, c_proj"),
+        (BloomConfig(hidden_size=32, n_head=2), "LoRA goes on dense, dense_4h_to_h, dense_h_to_4h, query_key_value"),
+        (MambaConfig(hidden_size=32), "LoRA goes on in_proj"),
+    ],
+)
+def test_the_plan_says_where_lora_goes(config, words, tmp_path, shop, chat_tokenizer):
+    config.num_hidden_layers, config.vocab_size = 2, len(chat_tokenizer)
+    config.save_pretrained(tmp_path)
+    chat_tokenizer.save_pretrained(tmp_path)
+    args = RecPOConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=8)
+    plan = make_plan(args, PolicyArguments(str(tmp_path)), shop)
+    assert plan.shape.adapter > 0 and [one for one in plan.problems if re.search(words, one)]
