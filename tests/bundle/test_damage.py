@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundle_worker import step
+from bundle_worker import change, save, step
 from safetensors.torch import load_file, save_file
 
 from r2ec_trl.bundle.bundle import Bundle
@@ -231,12 +232,22 @@ def test_kills_at_random_moments_lose_nothing(own, tmp_path, job):
     draw, entries, unsure = random.Random(job), [], set()
     target = own if job == "change" else shutil.copytree(own, tmp_path / "saved")
     for number in range(10):
-        process = work(job, target, f"k{number}_", 10_000, *([own] if job == "save" else []))
-        assert process.stdout.readline() == "loaded\n"
-        time.sleep(draw.uniform(0.0, 1.0))
-        process.kill()
-        done = done_by(process)
-        assert process.wait() == -9
+        read, write = os.pipe()
+        child = os.fork()  # everything is imported already
+        if not child:
+            os.dup2(write, 1)
+            sys.stdout = os.fdopen(1, "w")
+            try:
+                change(target, f"k{number}_", 10_000) if job == "change" else save(target, "", 10_000, own)
+            finally:
+                os._exit(1)
+        os.close(write)
+        with os.fdopen(read) as lines:
+            assert lines.readline() == "loaded\n"
+            time.sleep(draw.uniform(0.05, 1.0))
+            os.kill(child, signal.SIGKILL)
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+            done = [line.split() for line in lines if line.startswith("done")]
         bundle = Bundle.load(target)
         assert bundle.staleness()["max_drift"] < 1e-6
         if job == "change":
