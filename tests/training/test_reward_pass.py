@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.policy.rollouts import Rollout
+from r2ec_trl.training.recpo_config import RecPOConfig
 from r2ec_trl.training.reward_pass import as_sampled
 
 
@@ -67,3 +69,11 @@ def test_rewards_read_what_the_policy_wrote(chat_tokenizer):
     assert as_sampled(message, without, chat_tokenizer) == [{"role": "assistant", "content": "drum"}]
     written = Rollout(ids + marker, [1] * len(trained), True, False, False)
     assert as_sampled(message, written, chat_tokenizer) == message
+
+
+def test_never_is_a_number_for_watching_and_none_for_refreshing(tmp_path):
+    """`watch_steps` 0 measures nothing; a table that is refreshed every 0 steps means nothing."""
+    assert RecPOConfig(str(tmp_path), use_cpu=True, watch_steps=0).watch_steps == 0
+    for steps in (0, -1):
+        with pytest.raises(UserError, match=f"`table_refresh_steps` is {steps}; it must be at least 1"):
+            RecPOConfig(str(tmp_path), use_cpu=True, table_refresh_steps=steps)
