@@ -105,7 +105,7 @@ def test_greedy_reasoning_ends_where_sampling_does(
     force(monkeypatch, trainer.model, scripts)
     trainer.model.train()
     rolled = trainer.roll_out(messages)
-    ids, sampled, prompt_ids = rolled["completion_ids"], rolled["rollout"], rolled["prompt_ids"]
+    ids, sampled, prompt_ids = rolled["completion_ids"], rolled["_rollout"], rolled["prompt_ids"]
     greedy = generate_reasoning(trainer.model, reader, prompt_ids, max_new_tokens=12)
     assert [rollout.ids for rollout in greedy] == ids == [rollout.ids for rollout in sampled]
     assert greedy == sampled
