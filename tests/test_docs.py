@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What begins so → the test or the stage of .ci/run that runs it
 ELSEWHERE = {
+    "python recipes/serve.py": "tests/serving/test_server.py",
+    "curl -s localhost:8000": "tests/serving/test_server.py",
+    "accelerate launch recipes/recommend.py --bundle BUNDLE": "tests/serving/test_batch.py",
+    "python recipes/benchmark.py --case serve": "recipes/benchmark.py",  # by hand: its figures stand in that page
     "pip install": ".ci/run",
     "pip uninstall": ".ci/run",
     "python -m venv": ".ci/run",

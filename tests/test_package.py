@@ -102,7 +102,7 @@ KNOWN = {
     "upward import": set(),
     "circle": set(),
     "private name": set(),
-    "no test of its name": {"bundle.format", "serving.where"},
+    "no test of its name": {"bundle.format"},
     "too long": set(),
 }
 # import name -> distribution, where they differ
