@@ -82,11 +82,11 @@ def started(run_args: RunArguments, args: Any, policy_args: Any) -> Iterator[Non
         yield
 
 
-def check_writable(folder: str | os.PathLike) -> Path:
+def check_writable(folder: str | os.PathLike[str]) -> Path:
     """The folder of the results, made if it is not there; [`UserError`] where nothing can be written into it."""
     with explained(folder):
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=os.fspath(folder)):
             return Path(folder)
 
 
