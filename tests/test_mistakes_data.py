@@ -190,7 +190,7 @@ def recpo(monkeypatch, shop, tiny_model, chat_tokenizer, tmp_path):
     )
     monkeypatch.setattr(sys, "argv", ["recpo.py", *words.split(), "--output_dir", str(tmp_path / "run")])
     monkeypatch.setattr(recpo, "load_policy", lambda *a, **k: (tiny_model("llama"), chat_tokenizer))
-    monkeypatch.setattr(recpo, "finish_run", lambda *a: None)
+    monkeypatch.setattr(recpo, "train_and_finish", lambda trainer, *a: trainer.train())
 
     def train(**splits):
         card = {"category": "product"}

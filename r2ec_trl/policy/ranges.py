@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 from r2ec_trl.errors import UserError
@@ -86,6 +87,8 @@ def _lies_in(value: float, text: str) -> bool:
     if special and value == float(special):
         return True
     low, high = (float(end) for end in interval.strip()[1:-1].split(","))
+    if abs(value) > sys.float_info.max:  # an integer beyond every float, and infinity
+        return False
     above = value >= low if "[" in interval else value > low
     below = value <= high if "]" in interval else value < high
     return math.isfinite(value) and above and below

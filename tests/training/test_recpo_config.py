@@ -125,6 +125,7 @@ def test_only_paper_values_differ_from_trl():
         "temperature",
         "top_k",
         "disable_dropout",
+        "gradient_checkpointing",
         "vllm_importance_sampling_correction",
         "vllm_importance_sampling_mode",
     }
