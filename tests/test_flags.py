@@ -139,7 +139,7 @@ def test_scoring_flags(flag, shop_folder, tiny_model_folder, plain_frame):
 def test_the_forward_budget_makes_the_batches(shop_folder, tiny_model_folder):
     """40 item prompts of about 90 tokens: a forward each under a budget of 100."""
     seen = []
-    progress.watch(note := lambda what, done, total: seen.append(done) if what == "prompts encoded" else None)
+    progress.watch(note := lambda what, done, total: seen.append(done) if total == 40 else None)
     try:
         for words in ([], ["--forward_token_budget", "100"]):
             seen.clear()

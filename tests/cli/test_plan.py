@@ -224,8 +224,10 @@ def test_the_recipe_plans_without_loading_the_model(tiny_model_folder, shop_fold
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_the_benchmark_of_a_step_runs_on_a_cpu(capsys):
-    step = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "benchmarks" / "step.py"))
+def test_the_benchmark_of_a_step_runs_on_a_cpu(capsys, monkeypatch):
+    recipes = Path(__file__).parents[2] / "recipes"
+    monkeypatch.syspath_prepend(str(recipes))
+    step = runpy.run_path(str(recipes / "benchmarks" / "whole_step.py"))
     args = step["StepArguments"](
         shape="toy", use_cpu=True, users=2, prompt_tokens=60, completion_tokens=8, num_items=20, steps=2
     )
