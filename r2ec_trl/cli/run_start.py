@@ -17,6 +17,7 @@ from r2ec_trl.bundle.format import check_output
 from r2ec_trl.cli.dataset_choice import DataArguments
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
+from r2ec_trl.cli.threads import use_cores
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import explained
 from r2ec_trl.training.health import HealthCallback
@@ -71,6 +72,7 @@ def started(run_args: RunArguments, args: Any, policy_args: Any) -> Iterator[Non
     """
     main = args.process_index == 0
     start_logging(main)
+    threads = use_cores()
     folder = check_writable(args.output_dir)
     check_output(folder / "bundle")
     if run_args.early_stopping_patience is not None and args.eval_strategy == "no":
@@ -78,6 +80,8 @@ def started(run_args: RunArguments, args: Any, policy_args: Any) -> Iterator[Non
     if main:
         first = "the start is evaluated on the test split, then it trains" if run_args.report_before else "it trains"
         say(f"Reading {run_args.dataset} and {policy_args.model_name_or_path}; first {first}. Output: {folder}")
+        if threads is not None:
+            say(f"No GPU: {threads} CPU thread(s) a process; OMP_NUM_THREADS sets another number.")
     with WorkDisplay(shown=main):
         yield
 
