@@ -279,7 +279,7 @@ def test_two_processes_resume_to_the_same_numbers(run_cases, tmp_path, engine, w
     ],
 )
 def test_zero3_refuses_what_deepspeed_cannot_do(monkeypatch, make_trainer, settings, words):
-    monkeypatch.setattr("r2ec_trl.items.encoding.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("r2ec_trl.training.launch.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match=words):
         make_trainer(**settings)
 

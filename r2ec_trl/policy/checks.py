@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.adapters import is_packed
 from r2ec_trl.policy.answer_state import encode_states, pad_right
 from r2ec_trl.policy.batching import check_length
 from r2ec_trl.policy.prompts import Prompts
@@ -193,7 +194,8 @@ def check_policy(model: Any, prompts: Prompts, generates: bool, trains: bool = F
     tolerance = LOW_TOLERANCE if quantised else TOLERANCE.get(dtype, LOW_TOLERANCE)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted({device.index for device in devices})), _one_sentence(kind):
-        model.eval()
+        # bitsandbytes packs a 4-bit base anew, with rounding, in the first forward of an evaluation on a CPU
+        model.train(trains and any(map(is_packed, model.parameters())))
         states = encode_states(model, pair, pad)
         if not torch.isfinite(states).all():
             raise UserError(f"The states of {kind} are not finite numbers; its weights are damaged or overflow.")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from r2ec_trl.policy.adapters import is_packed
+
 logger = logging.getLogger(__name__)
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # by which packed states may differ from plain ones, in fp32 and below
@@ -275,11 +277,11 @@ def _why_not_shared(model: PreTrainedModel) -> str | None:
         return f"{name} has layers of another kind than attention over all or the last tokens"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention takes no mask of its own (sdpa does)"
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     device, ids = model.get_input_embeddings().weight.device, [1, 2, 3, 4, 5, 6, 7, 3, 2]
     states = []
     try:
-        model.eval()
+        model.train(any(map(is_packed, model.parameters())))  # an evaluation would pack a 4-bit base anew on a CPU
         with torch.no_grad():
             for hidden_size in (None, 1_000_000):
                 packed = pack_rows([ids[:7], ids[:5] + ids[7:]], [5, 5], 0, device, hidden_size)
@@ -289,8 +291,8 @@ def _why_not_shared(model: PreTrainedModel) -> str | None:
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         return f"{name} refuses packed rows ({' '.join(str(error).split())[:120]})"
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode
     difference = (states[0] - states[1]).norm() / states[0].norm()
     if difference <= (TOLERANCE if hidden.dtype == torch.float32 else HALF_TOLERANCE):
         return None
