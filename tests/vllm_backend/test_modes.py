@@ -1,6 +1,7 @@
 """
 bfloat16 engines, as they are used: merged, hot-loaded, asleep while the policy trains, over a 4-bit base. On a GPU if
-there is one, otherwise on vLLM's CPU backend, which cannot sleep: `pytest tests/vllm_backend/test_modes.py -m "vllm or gpu"`.
+there is one, otherwise on vLLM's CPU backend, which cannot sleep:
+`pytest tests/vllm_backend/test_modes.py -m "vllm or gpu"`.
 Needs bitsandbytes besides what test_engine.py needs.
 """
 
@@ -93,7 +94,8 @@ def test_the_engine_is_the_policy_after_each_update(build_trainer, way):
     rollouts = trainer.vllm_generation.greedy(trainer.reader, prompts, 3)
     with trainer.frozen_policy() as model:
         expected = generate_reasoning(model, trainer.reader, prompts, 3)
-    assert sum(a == b for a, b in zip(rollouts, expected, strict=True)) >= len(prompts) / 2  # near-ties fall either way
+    same = sum(a == b for a, b in zip(rollouts, expected, strict=True))
+    assert same >= len(prompts) / 2  # near-ties fall either way
 
 
 @pytest.mark.parametrize("way", ["merged", "4-bit, hot-loaded"])
