@@ -6,8 +6,7 @@ and orders them (`events`, `catalogue`), splits them (`splits`), cuts the window
 (`text`). `sequences` reads what is split already. `schema` is the dataset folder; `audit` says what is in one.
 """
 
-from importlib import import_module
-from typing import Any
+from r2ec_trl.moved import imported_when_used
 
 _HOMES = {
     "SPLITS": "schema",
@@ -32,10 +31,4 @@ _HOMES = {
     "prompt_lengths": "..policy.prompt_lengths",  # its old name: a room above
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
-    return getattr(import_module(home if home.startswith(".") else f".{home}", __name__), name)
+__getattr__ = imported_when_used(__name__, _HOMES)

@@ -1,7 +1,6 @@
 """Greedy reasoning and the whole catalogue: users, baselines, reports."""
 
-from importlib import import_module
-from typing import Any
+from r2ec_trl.moved import imported_when_used
 
 _HOMES = {
     "REASONING_MODES": "users",
@@ -13,9 +12,4 @@ _HOMES = {
     "summarise_users": "users",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = imported_when_used(__name__, _HOMES)

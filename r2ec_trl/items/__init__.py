@@ -3,8 +3,7 @@
 Names resolve on first use, so that the scoring functions do not pull in a tokenizer or a trainer.
 """
 
-from importlib import import_module
-from typing import Any
+from r2ec_trl.moved import imported_when_used
 
 _HOMES = {
     "CatalogueScores": "scoring",
@@ -15,12 +14,7 @@ _HOMES = {
     "top_k": "scoring",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = imported_when_used(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -1,13 +1,7 @@
 """Recommendations from a bundle."""
 
-from importlib import import_module
-from typing import Any
+from r2ec_trl.moved import imported_when_used
 
 _HOMES = {"Recommendation": "recommender", "Recommender": "recommender"}
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = imported_when_used(__name__, _HOMES)
