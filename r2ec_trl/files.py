@@ -32,11 +32,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_with(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    write_with(path, lambda scratch: scratch.write_bytes(data))
-
-
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write indented JSON, whole or not at all; [`UserError`] for NaN and infinity, which JSON has not."""
     try:

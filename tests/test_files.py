@@ -22,7 +22,6 @@ from r2ec_trl.files import (
     lock_folder,
     remove_folder,
     remove_leftovers,
-    write_bytes,
     write_json,
     write_text,
     write_with,
@@ -35,7 +34,7 @@ def names(folder):
 
 def test_what_is_written(tmp_path):
     write_text(tmp_path / "new" / "a.txt", "ä\n")
-    write_bytes(tmp_path / "new" / "a.txt", b"\x00")
+    write_with(tmp_path / "new" / "a.txt", lambda path: path.write_bytes(b"\x00"))
     write_json(tmp_path / "new" / "a.json", {"ä": 0.1})
     write_with(tmp_path / "new" / "rows.safetensors", lambda path: save_file({"rows": torch.ones(2)}, path))
     assert (tmp_path / "new" / "a.txt").read_bytes() == b"\x00"

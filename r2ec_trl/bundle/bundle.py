@@ -91,9 +91,7 @@ class Bundle:
         if items["item_id"][:] != table.item_ids:
             raise UserError("The items are not those of the item table, in its order; encode the table for them.")
         self.model, self.prompts, self.table, self.items = model, prompts, table, items
-        self.tokenizer = prompts.tokenizer
-        self.folder = folder
-        self.model_card = model_card
+        self.tokenizer, self.folder, self.model_card = prompts.tokenizer, folder, model_card
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         add_answer_state(base)
         base_name = base.config._name_or_path
@@ -225,6 +223,8 @@ class Bundle:
     def record_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Keep figures with the bundle, such as `{"before": {...}, "after": {...}}`, and show them on its card."""
         with self._changing():
+            if self.folder is not None and SEAL not in self.meta.hashes:  # of format 1: its parts get hashes first
+                self._set_catalogue(self.items, self.table.rows, self.prompts)
             meta = dataclasses.replace(self.meta, metrics=dict(metrics))
             if self.folder is not None:
                 meta = meta.sealed()

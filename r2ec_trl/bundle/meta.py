@@ -126,7 +126,7 @@ def read_meta(folder: Path) -> BundleMeta:
 
     Raises:
         [`UserError`]: for a file that cannot be read, lacks a key, holds a value of another type or out of range, or
-        does not fit its seal.
+        has no seal ([`~r2ec_trl.bundle.format.check_parts`] compares it).
     """
     file = folder / META_FILE
     values = read_json(file)

@@ -1,6 +1,7 @@
 """The learning curve of a run on disk: a picture and the log, written whole at each evaluation."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ class LearningCurveCallback(TrainerCallback):
         if not state.is_world_process_zero or not state.log_history:
             return
         folder = Path(args.output_dir)
-        history = [{key: None if value != value else value for key, value in row.items()} for row in state.log_history]
-        write_text(folder / "log_history.json", json.dumps(history, indent=1, default=float) + "\n")
+        no_number = (math.inf, -math.inf)  # JSON has none of them, nor NaN
+        history = [
+            {key: None if value != value or value in no_number else value for key, value in row.items()}
+            for row in state.log_history
+        ]
+        write_text(folder / "log_history.json", json.dumps(history, indent=1, default=float, allow_nan=False) + "\n")
         figure = self.draw(history, *selection_figure(args))
         write_with(folder / "learning_curve.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 

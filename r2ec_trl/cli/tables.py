@@ -12,7 +12,7 @@ _METRIC_NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR"}
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
-    """A table of [`~r2ec_trl.evaluation_report.report`]: a line per metric and mask, a column per system."""
+    """A table of [`~r2ec_trl.evaluation.report.report`]: a line per metric and mask, a column per system."""
     table = Table(title=_title(report), caption=f"{PERCENT} bootstrap interval of users in brackets")
     table.add_column("history")
     table.add_column("metric")

@@ -153,6 +153,10 @@ class SlicedTable(ItemTable):
     def save(self, folder: str | os.PathLike) -> None:
         """Saves nothing (see the warning at the start): whoever reads the folder encodes the catalogue anew."""
 
+    def load(self, folder: str | os.PathLike) -> None:
+        """Refused: a saved table holds every row, not this process's."""
+        raise UserError("A sliced item table is not read from a folder.")
+
     def _held(self) -> torch.Tensor:
         if self._rows is None:
             raise UserError("The item table is empty; call `refresh` with an encoder first.")

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.items.scoring import CatalogueScores, normalise, target_rank_and_logprob, top_k
+from r2ec_trl.files import write_text, write_with
+from r2ec_trl.items.scoring import SIMILARITIES, CatalogueScores, normalise, target_rank_and_logprob, top_k
 
 Encoder = Callable[[Sequence[Sequence[int]]], torch.Tensor]
 
@@ -41,7 +42,7 @@ class ItemTable:
         similarity: str = "cosine",
         device: torch.device | str = "cpu",
     ):
-        if similarity not in ("cosine", "dot"):
+        if similarity not in SIMILARITIES:
             raise UserError(f"`similarity` is {similarity!r}; give 'cosine' or 'dot'.")
         self.item_ids = list(item_ids)
         self.token_ids = [list(ids) for ids in token_ids]
@@ -178,19 +179,17 @@ class ItemTable:
         return self
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `item_table.safetensors` and `item_table.json` into a folder, each under a temporary name first."""
+        """Write `item_table.safetensors` and `item_table.json` into a folder, each whole or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         meta = {
             "item_ids": self.item_ids,
             "similarity": self.similarity,
             "text_hash": self.text_hash,
             "next_row": self._next,
         }
-        (folder / "item_table.json.tmp").write_text(json.dumps(meta))
-        save_file({"rows": self.rows.contiguous().cpu()}, folder / "item_table.safetensors.tmp")
-        for name in ("item_table.safetensors", "item_table.json"):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        rows = {"rows": self.rows.contiguous().cpu()}
+        write_with(folder / "item_table.safetensors", lambda file: save_file(rows, file))
+        write_text(folder / "item_table.json", json.dumps(meta))
 
     def load(self, folder: str | os.PathLike) -> None:
         """

@@ -29,7 +29,7 @@ class AnswerStateOutput(FusedCausalLMOutput):
 
 def answer_position(attention_mask: torch.Tensor) -> torch.Tensor:
     """
-    Index of the last 1 of each row of a `(batch, length)` mask: the one place that says where the answer state is.
+    Index of the last 1 of each row of a `(batch, length)` mask: where the answer state of a row is.
 
     >>> answer_position(torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]]))
     tensor([2, 3])
@@ -53,7 +53,7 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
     the answer state of the same pass. Both lay their rows out anew ([`~r2ec_trl.policy.shared_prompt.pack_rows`]):
     paddings go to the right, rows that share a prompt compute it once, and the LM head sees the labelled positions
     alone. What they return has the shape of what went in. Any other call, `generate` included, is unchanged. A second
-    call does nothing.
+    call can only switch sharing off.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -62,6 +62,8 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
             `False` keeps every row by itself.
     """
     if getattr(model, "_hands_out_answer_state", False):
+        if not shared_prompt:
+            model._shares_prompts = False
         return
     inner_forward = model.forward
 

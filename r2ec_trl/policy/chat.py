@@ -156,10 +156,12 @@ def check_bounds(template: str, render: Callable[[], str]) -> None:
         render (`Callable`):
             Renders it.
     """
-    if template in _within_bounds or not hasattr(os, "fork"):
+    if template in _within_bounds:
         return
     if re.search(r"\|\s*random\b", template):
         raise UserError("The chat template draws at random, so no two prompts would agree; give another template.")
+    if not hasattr(os, "fork"):
+        return
     child = os.fork()
     if child == 0:
         status = 1

@@ -47,8 +47,8 @@ def stop_generate_at_marker(model: PreTrainedModel, reader: MarkerReader) -> Non
     Wrap the base model's `generate` once, so that TRL's own call to it stops at the marker, and is answered by
     [`~r2ec_trl.policy.decoding.decode`] where that covers what is asked.
     """
-    inner_generate = model.generate
-    replaced = "generate" in vars(model)  # someone else's goes first
+    inner_generate = getattr(model.generate, "inner", model.generate)  # the wrapper of an earlier trainer gives way
+    replaced = "generate" in vars(model) and not hasattr(model.generate, "inner")  # someone else's goes first
 
     def generate(inputs=None, *args, **kwargs):
         input_ids = kwargs["input_ids"] if inputs is None else inputs
@@ -68,6 +68,7 @@ def stop_generate_at_marker(model: PreTrainedModel, reader: MarkerReader) -> Non
         return inner_generate(*args, stopping_criteria=criteria, **kwargs)
 
     generate.by_decoding = not replaced  # type: ignore[attr-defined]
+    generate.inner = inner_generate  # type: ignore[attr-defined]
     model.generate = generate
 
 
@@ -112,8 +113,8 @@ def generate_reasoning(
         batch_tokens (`int`, *optional*, defaults to `32768`):
             Most tokens in the cache at once: rows times (longest prompt + `max_new_tokens`).
         watch (`Callable`, *optional*):
-            Called after every token with a prompt's number and its ids so far (padded once
-            it has ended); `True` ends it.
+            Called after every token with a prompt's number and its ids so far (padded once it
+            has ended, where transformers' own `generate` goes on); `True` ends it.
 
     Returns:
         `list[Rollout]`: in the order of the prompts.

@@ -36,14 +36,17 @@ class Rollout:
 
 class Reasoner(Protocol):
     """
-    Writes greedy reasonings, whatever the engine: [`~r2ec_trl.policy.generation.generate_reasoning`],
-    [`~r2ec_trl.vllm.engine.generate_reasoning_vllm`] or a trainer's vLLM, bound to their model.
+    Writes greedy reasonings, whatever the engine: [`~r2ec_trl.policy.generation.generate_reasoning`] or
+    [`~r2ec_trl.vllm.engine.generate_reasoning_vllm`], bound to their model.
     """
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, watch: Watch | None = None
     ) -> list[Rollout]:
-        """One rollout a prompt, in their order; `watch` sees a prompt's ids as they are written and may end it."""
+        """
+        One rollout a prompt, in their order; `watch` sees a prompt's ids as they are written and may end it (vLLM:
+        once whole).
+        """
 
 
 class MarkerReader:

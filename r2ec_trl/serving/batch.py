@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from r2ec_trl import progress
+from r2ec_trl.bundle.meta import read_json
 from r2ec_trl.errors import UserError
-from r2ec_trl.files import explained, remove_leftovers, write_json, write_with
+from r2ec_trl.files import remove_leftovers, write_json, write_with
 from r2ec_trl.serving.recommender import Question, Recommendation, Recommender
 
 PLAN_FILE, SUMMARY_FILE, PART_FILE = "plan.json", "summary.json", "part-{:06d}.parquet"
@@ -122,8 +123,7 @@ def _checked_plan(
     plan = json.loads(json.dumps(plan, default=list))
     file = folder / PLAN_FILE
     if file.is_file():
-        with explained(file):
-            old = json.loads(file.read_text(encoding="utf-8"))
+        old = read_json(file)
         changed = [name for name, value in plan.items() if old.get(name) != value]
         if changed:
             raise UserError(f"{folder} was begun with another {changed[0]}; give the same, or another --output.")
@@ -209,7 +209,7 @@ def _user(row: Any) -> Any:
     if not isinstance(row, bytes):
         return row
     try:
-        return json.loads(row)
+        return json.loads(row.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"The line is not JSON: {error}.") from error
 

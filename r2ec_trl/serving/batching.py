@@ -82,7 +82,7 @@ class Job:
 
 class Batcher:
     """
-    Answers questions in batches on a thread of its own, which alone touches model and catalogue.
+    Answers questions in batches on a thread of its own, which alone runs the model and changes the catalogue.
 
     A question that fails leaves the others of its batch unharmed. Questions that need a reasoning written and those
     that do not are never in one batch: the quick ones do not wait for each other's tokens.

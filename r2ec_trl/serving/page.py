@@ -108,7 +108,7 @@ def recommend(
             note += f", {f'rank {place}' if place else 'filtered out'} for this user"
         yield note or "Done", result.reasoning, _rows(result), without
     except (UserError, Refused, TimeoutError, queue.Empty) as error:
-        yield f"{note}{'; ' if note else ''}{error}" or "The time is over.", "", [], []
+        yield f"{note}{'; ' if note else ''}{str(error) or 'The time is over.'}", "", [], []
     finally:
         for job in jobs:
             job.future.cancel()

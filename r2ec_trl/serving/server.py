@@ -67,7 +67,9 @@ def make_app(
         yield
         await asyncio.to_thread(batcher.close)  # what is waiting is answered first
 
-    app = FastAPI(title="r2ec_trl", description=(__doc__ or "").strip(), lifespan=lifespan, responses=ERRORS)
+    app = FastAPI(
+        title="r2ec_trl", description=(__doc__ or "").strip(), lifespan=lifespan, responses=ERRORS, redoc_url=None
+    )
     _handle_errors(app)
     _add_answers(app, batcher, limits)
     _add_catalogue(app, batcher, token)
@@ -108,7 +110,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    for kind in (Refused, UserError):
+    for kind in (Refused, UserError, Exception):
         app.add_exception_handler(kind, other)
 
 

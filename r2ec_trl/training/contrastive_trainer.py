@@ -82,6 +82,8 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
                 f"`train_dataset` has {len(train_dataset)} users, fewer than one batch of "
                 f"{args.per_device_train_batch_size * args.world_size}; lower `per_device_train_batch_size`."
             )
+        if args.per_device_train_batch_size * args.world_size < 2:
+            raise UserError("A batch of one user has no negatives; raise `per_device_train_batch_size`.")
         self.prompts = Prompts(processing_class, args.prompt_config(), items)
         add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if peft_config is not None:
@@ -134,7 +136,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
             torch.tensor([positions[row] for row in targets], device=rows.device),
             self.args.item_temperature,
         )
-        if self.state.global_step % self.args.logging_steps == 0:
+        if self.state.global_step % self.state.logging_steps == 0:
             self._row_cosine = mean_pairwise_cosine(rows.detach()).item()
         self.guard.check_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss

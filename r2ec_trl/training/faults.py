@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import write_text
 from r2ec_trl.training.process_watch import ProcessWatch
 from r2ec_trl.training.telemetry import Telemetry
 
@@ -26,6 +27,7 @@ SIGTERM_STATUS = 128 + signal.SIGTERM
 MEMORY_KNOBS = {
     "generate": "lower `--max_completion_length`, `--num_generations` or users a step (all rollouts of "
     "`--per_device_train_batch_size` x `--steps_per_generation` are generated at once), or add `--use_vllm`",
+    "sync": "lower `--vllm_gpu_memory_utilization`, or add `--vllm_lora_sync`",
     "score": "lower `--forward_token_budget`",
     "items": "lower `--forward_token_budget`",
     "evaluate": "lower `--forward_token_budget` (greedy rollouts take twice as many tokens at once)",
@@ -108,10 +110,9 @@ class RunGuard:
     def save_offenders(self, rows: list[dict[str, Any]]) -> Path:
         """Write rows as evidence into `output_dir/faults`."""
         folder = Path(self.args.output_dir) / "faults"
-        folder.mkdir(parents=True, exist_ok=True)
         process_index = self.telemetry.accelerator.process_index
         path = folder / f"step{self.telemetry.step()}-process{process_index}.json"
-        path.write_text(json.dumps(rows, indent=1, default=str, ensure_ascii=False), encoding="utf-8")
+        write_text(path, json.dumps(rows, indent=1, default=str, ensure_ascii=False))
         return path
 
 

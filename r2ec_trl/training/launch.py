@@ -1,4 +1,4 @@
-"""What a launch cannot do, said before anything is loaded."""
+"""What a launch cannot do, said before a step is taken."""
 
 import logging
 from typing import Any

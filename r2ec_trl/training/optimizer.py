@@ -18,7 +18,7 @@ OPTIM_HELP = (
 
 def resolve_optimizer(name: str, use_cpu: bool) -> str:
     """
-    The name transformers knows for `"auto"`; any other as it is. What it came to is said once.
+    The name transformers knows for `"auto"`; any other as it is. Plain AdamW in place of the paper's is said once.
 
     Args:
         name (`str`):

@@ -16,7 +16,7 @@ from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 @dataclass
 class RecPOConfig(RecommendationArguments, GRPOConfig):
     """
-    [`~trl.GRPOConfig`] with RecPO's fields and the paper's defaults (M1–M8 in the README).
+    [`~trl.GRPOConfig`] with RecPO's fields and the paper's defaults (M1–M8 in docs/method.md).
 
     TRL's own knobs keep their meaning: `beta` is the KL coefficient and stays 0, `temperature` and `top_k` are
     sampling. Paper defaults that differ from TRL's: `learning_rate` 1e-5, `num_generations` 4, `temperature` 1.5,

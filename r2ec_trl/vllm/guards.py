@@ -182,8 +182,6 @@ def adapter_refusal(config: Any) -> str | None:
         return "an adapter with biases"
     if config.rank_pattern or config.alpha_pattern:
         return "an adapter with `rank_pattern` or `alpha_pattern`"
-    if config.modules_to_save or getattr(config, "trainable_token_indices", None):
-        return "an adapter with `modules_to_save` or `trainable_token_indices`"
     if config.init_lora_weights not in UNTOUCHED_BASE:
         return f"an adapter whose initialisation ({config.init_lora_weights}) changed the base weights"
     if config.r > LORA_RANKS[-1]:

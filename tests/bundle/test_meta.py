@@ -43,6 +43,14 @@ def test_a_bundle_of_0_1_0_answers_as_ever_and_can_be_changed(own, written, shop
     assert len(again.table) == 39 and again.staleness()["max_drift"] < 1e-6
 
 
+def test_figures_kept_with_a_bundle_of_format_1_leave_it_loadable(own, written, shop):
+    old = as_format_1(own)
+    Bundle.load(old).record_metrics({"note": 1})
+    again = Bundle.load(old)
+    assert again.meta.metrics == {"note": 1}
+    assert again.evaluate(shop["test"]).equals(Bundle.load(written).evaluate(shop["test"]))
+
+
 @pytest.mark.parametrize(
     "part", ["adapter_model.safetensors", "tokenizer.json", "items.parquet", "item_table.safetensors"]
 )

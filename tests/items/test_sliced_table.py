@@ -7,6 +7,7 @@ import torch
 import torch.multiprocessing
 from accelerate import Accelerator
 
+from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import share_encoding
 from r2ec_trl.items.scoring import exclusion_matrix, target_rank_and_logprob, top_k
 from r2ec_trl.items.sliced_table import SlicedTable
@@ -38,6 +39,9 @@ def compare(process: int, port: int) -> None:
     sliced.refresh(share_encoding(encode, accelerator, sliced))
     assert torch.equal(whole.rows, tied_vectors(ITEMS, 0))
     assert len(sliced._rows) == len(range(process, ITEMS, PROCESSES))
+
+    with pytest.raises(UserError, match="is not read from a folder"):
+        sliced.load("a folder that an unsliced run wrote")
 
     changed = [19, 3, 4, 3]
     for table in (whole, sliced):

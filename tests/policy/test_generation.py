@@ -134,3 +134,16 @@ def test_the_old_name_is_the_same_function():
     from r2ec_trl.rollouts import generate_reasoning as old
 
     assert old is generate_reasoning
+
+
+def test_a_second_wrapper_takes_the_place_of_the_first(tiny_model, chat_tokenizer):
+    """Two trainers on one model: the second's marker holds, and the decoding loop still serves."""
+    model = tiny_model("llama")
+    for marker in ("<one>", "<two>"):
+        stop_generate_at_marker(model, MarkerReader(chat_tokenizer, marker))
+        assert model.generate.by_decoding
+    assert not hasattr(model.generate.inner, "inner")
+    kept = model.generate.inner
+    model.generate = lambda *args, **kwargs: kept(*args, **kwargs)
+    stop_generate_at_marker(model, MarkerReader(chat_tokenizer, "<three>"))
+    assert not model.generate.by_decoding  # someone else's goes first

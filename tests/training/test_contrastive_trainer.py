@@ -135,5 +135,7 @@ def test_other_families_and_checkpointing_train(make_contrastive, family):
 def test_fewer_users_than_a_batch_is_an_error(make_contrastive, shop):
     with pytest.raises(UserError, match="7 users, fewer than one batch of 8"):
         make_contrastive(train=shop["train"].select(range(7)))
+    with pytest.raises(UserError, match="A batch of one user has no negatives"):
+        make_contrastive(per_device_train_batch_size=1)
     with pytest.raises(UserError, match="'i99' is not in the catalogue"):
         make_contrastive(train=shop["train"].from_list([{**shop["train"][0], "target": "i99"}] * 8))

@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from r2ec_trl.errors import UserError
 from r2ec_trl.training.checkpoints import checkpoints, is_whole
 from r2ec_trl.training.faults import MEMORY_KNOBS
+from r2ec_trl.training.telemetry import PARTS
 
 WORKER = Path(__file__).parents[1] / "fault_worker.py"
 STARTUP = 600.0  # seconds from the launch to the fault: imports, on a busy machine
@@ -182,6 +183,10 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(make_trainer, mo
     with pytest.raises(UserError, match="gradient's norm is (inf|nan) at step 0, and the step was not taken"):
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_every_phase_has_a_knob():
+    assert set(MEMORY_KNOBS) == {*PARTS, "train", "evaluate"}
 
 
 @pytest.mark.parametrize("phase", ["generate", "score", "items", "train", "evaluate"])
