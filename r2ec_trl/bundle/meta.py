@@ -15,8 +15,8 @@ from typing import Any
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import write_json
-from r2ec_trl.items.scoring import SIMILARITIES
 from r2ec_trl.policy.prompts import PromptConfig
+from r2ec_trl.policy.settings import SIMILARITIES
 
 logger = logging.getLogger(__name__)
 

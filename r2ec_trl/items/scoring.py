@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.settings import SIMILARITIES
 
 SCORES_AT_ONCE = 2**24  # bounds the memory of one chunk whatever the number of states: 64 MB
 CACHED_SHARE = 32  # a CPU takes a 32nd of that: what a core's cache holds
 ROW_VALUES_AT_ONCE = 2**20  # bounds the rows held in float64: 8 MB
 FLOAT64_PRODUCTS = 2**24  # below this many multiplications settling costs more than float64
 BLOCK = 64  # rows whose nearest score is looked at first
-SIMILARITIES = ("cosine", "dot")
 _LONGEST = WeakTensorKeyDictionary()  # table -> its version, length of its longest row
 
 

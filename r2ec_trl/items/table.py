@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import write_text, write_with
-from r2ec_trl.items.scoring import SIMILARITIES, CatalogueScores, normalise, target_rank_and_logprob, top_k
+from r2ec_trl.items.scoring import CatalogueScores, normalise, target_rank_and_logprob, top_k
+from r2ec_trl.policy.settings import SIMILARITIES
 
 Encoder = Callable[[Sequence[Sequence[int]]], torch.Tensor]
 
