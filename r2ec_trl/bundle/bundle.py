@@ -164,15 +164,11 @@ class Bundle:
         if "rendered prompts" in made_with:
             check_hashes({"rendered prompts": prompts.rendered_fingerprint()}, made_with, folder)
         card = folder / CARD_FILE
+        rows = rows.to(checked_device(table_device) if table_device else model.device)
         bundle = cls(
             model.eval(),
             prompts,
-            table_of(
-                prompts,
-                items,
-                rows.to(checked_device(table_device) if table_device else model.device),
-                meta.similarity,
-            ),
+            table_of(prompts, items, rows, meta.similarity),
             items,
             protocol=meta.protocol,
             folder=folder if is_local else None,
@@ -381,7 +377,8 @@ class Bundle:
                 remove_folder(other)
 
     def _take(self, meta: BundleMeta, items: Dataset) -> None:
-        rows = read_table(Path(self.folder or "") / meta.catalogue / TABLE_FILE)[0].to(self.table.device)
+        file = Path(self.folder or "") / meta.catalogue / TABLE_FILE
+        rows = read_table(file, is_checked=SEAL in meta.hashes)[0].to(self.table.device)
         self.meta, self.items, self.prompts = meta, items, Prompts(self.tokenizer, meta.prompts, items)
         self.table = table_of(self.prompts, items, rows, meta.similarity)
 
