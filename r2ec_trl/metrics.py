@@ -12,6 +12,7 @@ from r2ec_trl.errors import UserError
 
 Values = NDArray[np.float64]
 CUTOFFS = (5, 10, 20)
+KINDS = ("hit", "ndcg", "mrr")
 LEVEL, RESAMPLES = 0.95, 10_000  # of every interval; sentences that state them read them here
 PERCENT = f"{100 * LEVEL:g} %"
 _DRAWN_AT_ONCE = 2**22  # counts: 32 MB however many rows there are
@@ -57,10 +58,10 @@ def reciprocal_rank(ranks: ArrayLike, k: int | None = None) -> Values:
     return 1.0 / ranks if k is None else np.where(ranks <= _cutoff(k), 1.0 / ranks, 0.0)
 
 
-def metric_values(ranks: ArrayLike, ks: Sequence[int] = CUTOFFS) -> dict[str, Values]:
+def metric_values(ranks: ArrayLike, ks: Sequence[int] = CUTOFFS, kinds: Sequence[str] = KINDS) -> dict[str, Values]:
     """Every metric of every row: `{"hit@5": ..., "ndcg@5": ..., "mrr@5": ..., "hit@10": ...}`."""
     functions = {"hit": hit_at_k, "ndcg": ndcg_at_k, "mrr": reciprocal_rank}
-    return {f"{name}@{k}": function(ranks, k) for k in ks for name, function in functions.items()}
+    return {f"{name}@{k}": functions[name](ranks, k) for k in ks for name in kinds}
 
 
 def summarise_ranks(ranks: ArrayLike, ks: Sequence[int] = CUTOFFS) -> dict[str, float]:

@@ -12,7 +12,7 @@ Hardware, run time and measured results of each config: recipes/README.md.
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.run_end import train_and_finish
-from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_test, started
+from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_test, rows_to_train, started
 from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
 from r2ec_trl.training.contrastive_trainer import ContrastiveConfig, ContrastiveTrainer
 
@@ -28,7 +28,7 @@ def main() -> None:
             model,
             dataset["items"],
             args,
-            dataset["train"],
+            rows_to_train(run_args, args, dataset),
             dataset["validation"],
             tokenizer,
             peft_config=peft_config(policy_args),

@@ -7,9 +7,11 @@ Evaluate a bundle, or a model or adapter, on a dataset folder: greedy reasoning,
     python recipes/evaluate.py ... --engine vllm                                      # reasonings at vLLM's speed
 
 Prints Hit / NDCG / MRR @5/10/20 with and without the history mask and 95 % bootstrap intervals, popularity and
-item-to-item counts beside them, and cold targets apart; writes `metrics.json` and `ranks.parquet` with the protocol
-inside, one folder a reasoning mode. `recipes/compare.py` compares two such folders user by user. Several processes
-share out the users. Hardware: whatever the model runs on; the demo's 500 users take seconds on a CPU.
+item-to-item counts beside them; the same by cold targets, length of the history and popularity of the target, and for
+users whose purchases are all left out; coverage, Gini and popularity of what is recommended. Writes `metrics.json` and
+`ranks.parquet` with the protocol inside, one folder a reasoning mode. `recipes/compare.py` compares such folders user
+by user. Several processes share out the users. Hardware: whatever the model runs on; the demo's 500 users take seconds
+on a CPU.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +32,8 @@ from r2ec_trl.cli.run_end import write_evaluation
 from r2ec_trl.cli.run_start import check_writable, first_rows
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows
+from r2ec_trl.evaluation.report import protocol
+from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows, without_histories
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 
@@ -107,8 +110,9 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
         if accelerator.is_main_process:
             folder = Path(args.output_dir) if len(modes) == 1 else Path(args.output_dir) / mode
             names = {"bundle": args.bundle, "adapter": policy_args.adapter, "engine": args.engine}
-            settings = {**bundle.settings(), **names, "reasoning": mode}
-            write_evaluation(folder, frame, dataset, card, users, settings, args.seed, args.split)
+            facts = protocol(card, {**bundle.settings(), **names, "reasoning": mode}, args.seed, args.split)
+            alone = bundle.evaluate(without_histories(users), mode) if mode in ("full", "none") else None
+            write_evaluation(folder, frame, dataset, card, users, facts, alone)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from r2ec_trl.cli.live import RecPOProgressCallback
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.plan import make_plan
 from r2ec_trl.cli.run_end import train_and_finish
-from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_test, started
+from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_test, rows_to_train, started
 from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
 from r2ec_trl.training.recpo_config import RecPOConfig
 from r2ec_trl.training.recpo_trainer import RecPOTrainer
@@ -68,7 +68,7 @@ def main() -> None:
             dataset["items"],
             run_args.reward_funcs,
             args,
-            dataset["train"],
+            rows_to_train(run_args, args, dataset),
             dataset["validation"],
             tokenizer,
             peft_config=peft_config(policy_args),

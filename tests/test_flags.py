@@ -33,6 +33,7 @@ FLAGS = {
     **dict.fromkeys(["report_before", "max_test_users"], (HERE, "test_contrastive_recipe")),
     **dict.fromkeys(["early_stopping_patience", "shown_rollouts"], (HERE, "test_recpo_recipe")),
     **dict.fromkeys(["reward_funcs", "adapter", "max_seconds"], (HERE, "test_recpo_recipe")),
+    "no_history_share": ("cli/test_run_start.py", "test_a_share_of_the_train_rows_loses_its_purchases"),
     "plan": ("cli/test_plan.py", "test_the_recipe_plans_without_loading_the_model"),
     "selection_mask": ("cli/test_live.py", "test_the_mask_that_selects_is_the_one_that_is_shown"),
     **dict.fromkeys(["split", "max_eval_users", "seed", "reasoning", "bundle"], (HERE, "test_evaluate_recipe")),
@@ -65,6 +66,7 @@ PROMPT_FLAGS = {
     "max_prompt_length": ["300"],
     "max_item_length": ["90"],
     "prompt_preset": ["reference"],
+    "no_history": ["(nothing)"],
     "use_ratings": ["false"],
     "use_times": ["false"],
 }
@@ -116,7 +118,8 @@ def test_prompt_flags(flag, shop_folder, chat_tokenizer):
     def read(*words):
         (args,) = parse((BundleArguments,), args=list(words))
         prompts = Prompts(chat_tokenizer, args.prompt_config(), data["items"])
-        return [prompts.user_ids(user) for user in data["test"]] + list(prompts.catalogue_ids(data["items"]))
+        users = [*data["test"], {"history": []}]
+        return [prompts.user_ids(user) for user in users] + list(prompts.catalogue_ids(data["items"]))
 
     assert read() == read()
     assert read() != read(f"--{flag}", *PROMPT_FLAGS[flag])
@@ -302,7 +305,10 @@ def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):
     frame, protocol = read_ranks(tmp_path / "own")
     assert set(frame["reasoning_tokens"]) == {0} and protocol["settings"]["reasoning"] == "none"
     assert frame["user_id"].to_list() == shop["test"]["user_id"][:]
-    cold = json.loads((tmp_path / "own" / "metrics.json").read_text())["cold_targets"]
-    trained = set(shop["train"]["target"])
+    metrics = json.loads((tmp_path / "own" / "metrics.json").read_text())
+    cold, trained = metrics["slices"]["targets"], set(shop["train"]["target"])
     assert cold["cold"]["rows"] == sum(target not in trained for target in shop["test"]["target"])
-    assert cold["cold"]["rows"] + cold["warm"]["rows"] == 10 and cold["cold"]["rows"] != cold["warm"]["rows"]
+    assert cold["cold"]["rows"] + cold["others"]["rows"] == 10 and cold["cold"]["rows"] != cold["others"]["rows"]
+    assert set(metrics["beyond_accuracy"]) == {"model", "popularity", "item_to_item"}
+    assert metrics["no_history"]["rows"] == 10 and set(metrics["no_history"]) == {"rows", "model", "popularity"}
+    assert metrics["no_history"]["popularity"]["ndcg@10"] == metrics["unmasked"]["popularity"]["ndcg@10"]

@@ -20,12 +20,13 @@ from r2ec_trl.bundle.bundle import Bundle, save_bundle
 from r2ec_trl.bundle.meta import Protocol
 from r2ec_trl.cli.bundle_choice import BundleArguments
 from r2ec_trl.cli.run_start import RunArguments
-from r2ec_trl.cli.tables import cold_table, report_table, run_table
+from r2ec_trl.cli.tables import beyond_table, report_table, run_table, slice_table
 from r2ec_trl.cli.terminal import printable
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
-from r2ec_trl.evaluation.baselines import item_to_item, popularity
-from r2ec_trl.evaluation.report import cold_report, compare_frames, protocol, report, write_report
-from r2ec_trl.evaluation.users import cold_targets, gather_rows
+from r2ec_trl.evaluation.baselines import baseline_frame, item_to_item, popularity
+from r2ec_trl.evaluation.report import compare_frames, protocol, report, write_report
+from r2ec_trl.evaluation.slices import TOP, describe_rows, target_counts
+from r2ec_trl.evaluation.users import gather_rows, without_histories
 from r2ec_trl.items.sliced_table import SlicedTable
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
@@ -33,18 +34,56 @@ from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 logger = logging.getLogger(__name__)
 
 
-def baseline_ranks(dataset: DatasetDict, test: Dataset, synthetic: bool) -> dict[str, tuple[Any, Any]]:
-    """Ranks (unmasked, masked) of popularity, item-to-item counts and, in the generated shop, the generator itself."""
+def baseline_frames(dataset: DatasetDict, test: Dataset, synthetic: bool) -> dict[str, pl.DataFrame]:
+    """The rows ranked by popularity, item-to-item counts and, in the generated shop, the generator itself."""
     item_ids = dataset["items"]["item_id"][:]
-    ranks: dict[str, tuple[Any, Any]] = {
-        "popularity": popularity(dataset["train"], item_ids).ranks(test),
-        "item_to_item": item_to_item(dataset["train"], item_ids).ranks(test),
+    frames = {
+        "popularity": baseline_frame(popularity(dataset["train"], item_ids), test),
+        "item_to_item": baseline_frame(item_to_item(dataset["train"], item_ids), test),
     }
     if synthetic and "true_stage" in test.column_names:
         oracle = oracle_ranks(test)
         repeats = np.array([row["target"] in row["history"] for row in test])
-        ranks["oracle"] = (oracle, np.where(repeats, len(item_ids) + 1, oracle))
-    return ranks
+        frames["oracle"] = pl.DataFrame({"rank": oracle, "rank_masked": np.where(repeats, len(item_ids) + 1, oracle)})
+    return frames
+
+
+def full_report(
+    frame: pl.DataFrame,
+    baselines: Mapping[str, pl.DataFrame],
+    facts: Mapping[str, Any],
+    dataset: DatasetDict,
+    test: Dataset,
+    strangers: pl.DataFrame | None = None,
+) -> dict[str, Any]:
+    """
+    All figures of one evaluation.
+
+    Args:
+        frame (`polars.DataFrame`):
+            The model's rows, with the columns of [`~r2ec_trl.evaluation.slices.describe_rows`].
+        baselines (`Mapping[str, polars.DataFrame]`):
+            See [`baseline_frames`].
+        facts (`Mapping[str, Any]`):
+            The protocol.
+        dataset, test:
+            The dataset folder and the rows.
+        strangers (`polars.DataFrame`, *optional*):
+            The same rows answered without any purchase; popularity, which knows none either, stands beside them.
+    """
+    counts = target_counts(dataset["train"], dataset["items"]["item_id"][:])
+    result = report(frame, baselines, facts, seed=facts["seed"], counts=counts)
+    if "reasoning" in frame.columns:
+        result["reasoning"] = reasoning_shares(frame, test)
+    if strangers is not None:
+        alone = report(strangers, {"popularity": baselines["popularity"]}, {}, ks=(TOP,), seed=facts["seed"])
+        result["no_history"] = {"rows": alone["rows"], **alone["unmasked"]}
+    return result
+
+
+def described(frame: pl.DataFrame, dataset: DatasetDict, test: Dataset) -> pl.DataFrame:
+    """The frame with the columns that slices are made by."""
+    return describe_rows(frame, test, target_counts(dataset["train"], dataset["items"]["item_id"][:]))
 
 
 def settings_of(args: RecommendationArguments, reasoning: str, **more: Any) -> dict[str, Any]:
@@ -74,16 +113,16 @@ def train_and_finish(
     if run_args.report_before:
         before = trainer.evaluate_frame(test)
         if trainer.accelerator.is_main_process:
-            _write_before(trainer, card, test, before)
+            _write_before(trainer, dataset, card, test, before)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     finish_run(trainer, dataset, card, test, before, run_args.shown_rollouts)
 
 
 def _write_before(
-    trainer: GreedyEvaluation, card: Mapping[str, Any], test: Dataset, before: pl.DataFrame
+    trainer: GreedyEvaluation, dataset: DatasetDict, card: Mapping[str, Any], test: Dataset, before: pl.DataFrame
 ) -> dict[str, Any]:
-    facts = _facts(trainer, card)
-    result = {**report(before, {}, facts, seed=facts["seed"]), **_extras(before, test)}
+    before = described(before, dataset, test)
+    result = full_report(before, {}, _facts(trainer, card), dataset, test)
     write_report(Path(trainer.args.output_dir) / "before", result, before)
     return result
 
@@ -133,10 +172,11 @@ def finish_run(
     facts = _facts(trainer, card)
     result: dict[str, Any] = {"protocol": facts}
     if main and before is not None:
-        result["before"] = _write_before(trainer, card, test, before)
+        result["before"] = _write_before(trainer, dataset, card, test, before)
     trainer.accelerator.wait_for_everyone()
     try:
-        after = evaluate_bundle(trainer, folder / "bundle", test)
+        after, strangers = evaluate_bundle(trainer, folder / "bundle", test)
+        after = described(after, dataset, test)
     except Exception:
         logger.error(
             "%s is whole, its figures are missing: recipes/evaluate.py --bundle gives them.", folder / "bundle"
@@ -144,7 +184,7 @@ def finish_run(
         raise
     if main:
         write_report(folder, result, after)  # whatever fails from here on, the ranks are kept
-        result |= _result(trainer, dataset, card, test, before, after, facts)
+        result |= _result(trainer, dataset, card, test, before, after, facts, strangers)
         write_report(folder, result, after)
         bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
         _print(get_console(), result, dataset, test, before, after, num_examples)
@@ -161,10 +201,11 @@ def _bundle_protocol(trainer: GreedyEvaluation) -> Protocol:
     )
 
 
-def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -> pl.DataFrame:
+def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -> tuple[pl.DataFrame, pl.DataFrame]:
     """
     As [`~r2ec_trl.training.greedy_evaluation.GreedyEvaluation.evaluate_frame`], but by the bundle that a run wrote:
-    weights, prompts and item table are read back from disk. Reasonings come from vLLM where the run uses it.
+    weights, prompts and item table are read back from disk. Reasonings come from vLLM where the run uses it. The
+    second frame is of the same rows without any purchase.
 
     To make room, the trained model is left in main memory, unless it is quantised or DeepSpeed's.
     """
@@ -178,7 +219,8 @@ def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -
         table_device="cpu" if isinstance(trainer.table, SlicedTable) else None,
         trust_remote_code=trainer.args.trust_remote_code,
     )
-    return gather_rows(bundle.evaluate(users, rollouts=rollouts), len(dataset))
+    frame = gather_rows(bundle.evaluate(users, rollouts=rollouts), len(dataset))
+    return frame, bundle.evaluate(without_histories(dataset))
 
 
 def _facts(trainer: GreedyEvaluation, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,11 +243,12 @@ def _result(
     before: pl.DataFrame | None,
     after: pl.DataFrame,
     facts: Mapping[str, Any],
+    strangers: pl.DataFrame,
 ) -> dict[str, Any]:
     """What `metrics.json` of a training run holds besides the protocol and `before`."""
     args: Any = trainer.args
-    baselines = baseline_ranks(dataset, test, card["synthetic"])
-    result: dict[str, Any] = {"after": {**report(after, baselines, facts, seed=args.seed), **_extras(after, test)}}
+    baselines = baseline_frames(dataset, test, card["synthetic"])
+    result: dict[str, Any] = {"after": full_report(after, baselines, facts, dataset, test, strangers)}
     if before is not None:
         result["difference"] = compare_frames(before, after, seed=args.seed)
     result["training"] = {
@@ -218,31 +261,25 @@ def _result(
     return result
 
 
-def _extras(frame: pl.DataFrame, test: Dataset) -> dict[str, Any]:
-    return {"reasoning": reasoning_shares(frame, test)}
-
-
 def write_evaluation(
     folder: str | os.PathLike,
     frame: pl.DataFrame,
     dataset: DatasetDict,
     card: Mapping[str, Any],
     test: Dataset,
-    settings: Mapping[str, Any],
-    seed: int,
-    split: str,
+    facts: Mapping[str, Any],
+    strangers: pl.DataFrame | None = None,
 ) -> None:
-    """Write and print what recipes/evaluate.py measured: one report of one reasoning mode."""
-    facts = protocol(card, settings, seed, split)
+    """Write and print what recipes/evaluate.py measured: one report of one reasoning mode; see [`full_report`]."""
+    frame = described(frame, dataset, test)
     write_report(folder, {"protocol": facts}, frame)  # whatever fails from here on, the ranks are kept
-    baselines = baseline_ranks(dataset, test, card["synthetic"])
-    result = {**report(frame, baselines, facts, seed=seed), **_extras(frame, test)}
-    result["cold_targets"] = cold_report(frame, cold_targets(dataset["train"], test), seed=seed)
+    baselines = baseline_frames(dataset, test, card["synthetic"])
+    result = full_report(frame, baselines, facts, dataset, test, strangers)
     write_report(folder, result, frame)
     console = get_console()
-    console.print(f"[bold]reasoning: {settings['reasoning']}[/bold]", result["reasoning"])
-    console.print(report_table(result))
-    console.print(cold_table(result["cold_targets"]))
+    console.print(f"[bold]reasoning: {facts['settings']['reasoning']}[/bold]", result["reasoning"])
+    for table in (report_table, slice_table, beyond_table):
+        console.print(table(result))
 
 
 def _print(

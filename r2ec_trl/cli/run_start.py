@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -18,6 +20,7 @@ from r2ec_trl.cli.dataset_choice import DataArguments
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.cli.threads import use_cores
+from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import explained
 from r2ec_trl.training.health import HealthCallback
@@ -35,6 +38,10 @@ class RunArguments(DataArguments):
     )
     max_test_users: int | None = field(default=None, metadata={"help": "Test on the first so many users only."})
     report_before: bool = field(default=True, metadata={"help": "Also evaluate the start on the test split."})
+    no_history_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the train rows that lose their purchases, for users who have none (ours; off)."},
+    )
     shown_rollouts: int = field(
         default=2, metadata={"help": "Newest rollouts shown while training, and test users shown at the end."}
     )
@@ -44,6 +51,8 @@ class RunArguments(DataArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"`{name}` is {value}; give a number above 0, or leave it out.")
+        if not 0 <= self.no_history_share <= 1:
+            raise UserError(f"`no_history_share` is {self.no_history_share}; give a share from 0 to 1.")
         if self.shown_rollouts < 0:
             raise UserError(f"`shown_rollouts` is {self.shown_rollouts}; give 0 or more.")
 
@@ -101,6 +110,21 @@ def rows_to_test(run_args: RunArguments, args: Any, dataset: DatasetDict) -> Dat
         if not len(dataset[split]):
             raise UserError(f"The {split} split of {run_args.dataset} has no rows; prepare the data with some.")
     return first_rows(dataset["test"], run_args.max_test_users)
+
+
+def rows_to_train(run_args: RunArguments, args: Any, dataset: DatasetDict) -> Dataset:
+    """The train rows; `no_history_share` of them, drawn by the run's seed, without their purchases."""
+    train = dataset["train"]
+    if not run_args.no_history_share:
+        return train
+    frame = train.to_polars()
+    drawn = np.random.default_rng(args.seed).permutation(frame.height) < run_args.no_history_share * frame.height
+    emptied = [
+        pl.when(pl.Series(drawn)).then(pl.lit([], dtype=kind)).otherwise(pl.col(name)).alias(name)
+        for name, kind in frame.schema.items()
+        if name.startswith("history")
+    ]
+    return to_dataset(frame.with_columns(emptied))
 
 
 def first_rows(dataset: Dataset, count: int | None) -> Dataset:

@@ -73,22 +73,37 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
-def cold_table(cold: Mapping[str, Any]) -> Table:
-    """A table of [`~r2ec_trl.evaluation.report.cold_report`]: targets never trained on apart from the others."""
-    groups = {"cold": "cold targets", "warm": "the others"}
-    present = [group for group in groups if cold[group]["rows"]]
-    table = Table(
-        title="Cold targets: never a target of training", caption=f"{PERCENT} bootstrap interval in brackets"
-    )
-    for name in ("history", "metric"):
+def slice_table(report: Mapping[str, Any]) -> Table:
+    """NDCG@10 of each slice of a [`~r2ec_trl.evaluation.report.report`], a column a system."""
+    table = Table(title="NDCG@10 by slices", caption=f"{PERCENT} bootstrap interval of users in brackets")
+    for name in ("rows by", "", "rows"):
         table.add_column(name)
-    for group in present:
-        table.add_column(f"{groups[group]} ({cold[group]['rows']:,})", justify="right")
+    systems = list(report["unmasked"])
+    for system in systems:
+        table.add_column(system.replace("_", " "), justify="right")
     for mask in MASKS:
-        for number, metric in enumerate(cold[present[0]][mask]):
-            cells = [_figure(cold[group][mask][metric]) for group in present]
-            table.add_row("" if number else mask, _metric_name(metric), *cells)
+        for name, buckets in report["slices"].items():
+            for bucket, figures in buckets.items():
+                if mask in figures:
+                    cells = [_figure(figures[mask][system]["ndcg@10"]) for system in systems]
+                    table.add_row(f"{name}, {mask}", bucket, f"{figures['rows']:,}", *cells)
         table.add_section()
+    if "no_history" in report:
+        found = report["no_history"]
+        cells = [_figure(found[system]["ndcg@10"]) if system in found else "" for system in systems]
+        table.add_row("purchases left out", "all", f"{found['rows']:,}", *cells)
+    return table
+
+
+def beyond_table(report: Mapping[str, Any]) -> Table:
+    """Figures beyond accuracy of a [`~r2ec_trl.evaluation.report.report`], a line a system."""
+    table = Table(title="What is recommended", caption="history not masked")
+    for name in ("", "coverage@10", "Gini@10", "mean popularity@10", "most frequent first item"):
+        table.add_column(name, justify="right" if name else "left")
+    for system, figures in report["beyond_accuracy"].items():
+        coverage, gini, popularity, top1 = figures.values()
+        cells = (f"{coverage:.1%}", f"{gini:.3f}", f"{popularity:.1f}", f"{top1:.1%}")
+        table.add_row(system.replace("_", " "), *cells)
     return table
 
 

@@ -5,7 +5,6 @@ from r2ec_trl.moved import imported_when_used
 _HOMES = {
     "REASONING_MODES": "users",
     "alter_reasoning": "users",
-    "cold_targets": "users",
     "evaluate_users": "users",
     "gather_rows": "users",
     "own_rows": "users",

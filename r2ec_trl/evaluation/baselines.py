@@ -1,15 +1,89 @@
-"""Baselines that only count: popularity, and item-to-item counts. A recommender worth its training beats both."""
+"""Baselines on the rows, the catalogue and the mask of the model: counts, and whatever gives every item a score.
 
-from collections.abc import Mapping, Sequence
+A recommender worth its training beats popularity and item-to-item counts, which are in every report.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import islice
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.slices import TOP
 
 Rows = Any  # a `datasets.Dataset`, or anything else with the columns "history" and "target"
+Positions: TypeAlias = tuple[list[int], int]  # history and target as rows of the catalogue
+Answer: TypeAlias = tuple[int, int, list[int]]  # rank, rank with the history masked, the best items (not masked)
+
+
+class Baseline(Protocol):
+    """What ranks the catalogue for users given by their histories."""
+
+    @property
+    def index(self) -> Mapping[str, int]:
+        """Position of each item id in the catalogue."""
+
+    def answers(self, rows: Iterable[Positions]) -> Iterator[Answer]:
+        """Rank of each row's target, not masked and masked (N + 1 for a repeat), ties against it, and the top 10."""
+
+
+def baseline_frame(baseline: Baseline, dataset: Rows) -> pl.DataFrame:
+    """
+    A row an example as [`~r2ec_trl.evaluation.users.evaluate_users`] makes them: `user_id`, `target`, `rank`,
+    `rank_masked`, `top_item_ids`.
+    """
+    item_ids = list(baseline.index)
+    rank, rank_masked, best = map(list, zip(*baseline.answers(_positions(dataset, baseline.index)), strict=True))
+    return pl.DataFrame(
+        {
+            "user_id": dataset["user_id"][:],
+            "target": dataset["target"][:],
+            "rank": rank,
+            "rank_masked": rank_masked,
+            "top_item_ids": [[item_ids[item] for item in items] for items in best],
+        }
+    )
+
+
+@dataclass(frozen=True)
+class ScoredBaseline:
+    """
+    Ranks items by the scores that a model gives them; ties count against the target.
+
+    Attributes:
+        index (`Mapping[str, int]`):
+            Position of each item id in the catalogue.
+        score (`Callable`):
+            Histories as lists of positions -> scores, `(histories, N)`.
+        batch_size (`int`):
+            Histories scored together.
+    """
+
+    index: Mapping[str, int]
+    score: Callable[[list[list[int]]], NDArray[Any]]
+    batch_size: int = 256
+
+    def answers(self, rows: Iterable[Positions]) -> Iterator[Answer]:
+        """See [`Baseline`]."""
+        every = iter(rows)
+        while batch := list(islice(every, self.batch_size)):
+            scores = self.score([history for history, _ in batch])
+            if scores.shape != (len(batch), len(self.index)) or not np.isfinite(scores).all():
+                raise ValueError(
+                    f"Scores must be finite, one an item and history; got {scores.shape} of {len(batch)}."
+                )
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+            for one, items, (history, target) in zip(scores, best, batch, strict=True):
+                not_worse = one >= one[target]
+                rank = int(not_worse.sum())
+                not_worse[history] = False
+                masked = len(one) + 1 if target in history else int(not_worse.sum())
+                yield rank, masked, items.tolist()
 
 
 @dataclass(frozen=True)
@@ -57,12 +131,27 @@ class CountingBaseline:
             `tuple[numpy.ndarray, numpy.ndarray]`: the rank of each row's target, and its rank with the history masked
             (N + 1, a miss, if the target is a history item itself).
         """
-        pairs = [self._ranks(*row) for row in _positions(dataset, self.index)]
+        pairs = [(rank, masked) for rank, masked, _ in self.answers(_positions(dataset, self.index))]
         rank, rank_masked = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         return rank, rank_masked
 
-    def _ranks(self, history: list[int], target: int) -> tuple[int, int]:
-        votes = self._votes(history[-self.max_history_items :])
+    def answers(self, rows: Iterable[Positions]) -> Iterator[Answer]:
+        """See [`Baseline`]."""
+        for history, target in rows:
+            votes = self._votes(history[-self.max_history_items :])
+            yield (*self._ranks(votes, history, target), self._best(votes))
+
+    @cached_property
+    def _by_popularity(self) -> NDArray[np.int64]:
+        return np.argsort(-self.popularity, kind="stable")
+
+    def _best(self, votes: NDArray[np.float64]) -> list[int]:
+        voted = np.flatnonzero(votes)
+        first = voted[np.lexsort((-self.popularity[voted], -votes[voted]))][:TOP].tolist()
+        others = (item for item in self._by_popularity.tolist() if not votes[item])
+        return first + list(islice(others, TOP - len(first)))
+
+    def _ranks(self, votes: NDArray[np.float64], history: list[int], target: int) -> tuple[int, int]:
         better = votes > votes[target]
         tied = (votes == votes[target]) & (self.popularity >= self.popularity[target])
         not_worse = better | tied  # (N,), the target itself among them

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.slices import TOP, beyond_accuracy, slices_of
 from r2ec_trl.files import write_json, write_with
-from r2ec_trl.metrics import CUTOFFS, PERCENT, RESAMPLES, bootstrap_interval, metric_values, paired_bootstrap
+from r2ec_trl.metrics import CUTOFFS, KINDS, PERCENT, RESAMPLES, bootstrap_interval, metric_values, paired_bootstrap
 
 METRICS_FILE = "metrics.json"
 RANKS_FILE = "ranks.parquet"
@@ -62,58 +63,61 @@ def protocol(card: Mapping[str, Any], settings: Mapping[str, Any], seed: int, sp
 
 def report(
     frame: pl.DataFrame,
-    baselines: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    baselines: Mapping[str, pl.DataFrame],
     protocol: Mapping[str, Any],
     ks: Sequence[int] = CUTOFFS,
     seed: int = 0,
+    counts: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Every metric of the model and the baselines, history masked and not, each with its bootstrap interval.
 
     Args:
         frame (`polars.DataFrame`):
             One row per example, with `user_id`, `rank` and `rank_masked`. The rows of a user are resampled together.
-        baselines (`Mapping[str, tuple]`):
-            Name -> (rank, rank_masked), in the order of the frame.
+            With the columns of [`~r2ec_trl.evaluation.slices.describe_rows`] there are slices, too.
+        baselines (`Mapping[str, polars.DataFrame]`):
+            Name -> the same rows, in the same order, ranked by another system.
         protocol (`Mapping[str, Any]`):
             See [`protocol`].
         ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
             Cutoffs.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap.
+        counts (`Mapping[str, int]`, *optional*):
+            See [`~r2ec_trl.evaluation.slices.target_counts`]; with them there are figures beyond accuracy.
 
     Returns:
         `dict`: `protocol`, `rows`, `users`, and under `unmasked` and `masked`: system -> metric -> `value`, `low`,
-        `high`.
+        `high`. Under `slices`: slice -> bucket -> `rows` and, unless that is 0, the same of Hit@10 and NDCG@10. Under
+        `beyond_accuracy`: system -> figure, history not masked.
     """
     users = frame["user_id"].to_numpy()
-    systems = {"model": tuple(frame[column].to_numpy() for column in MASKS.values()), **baselines}
+    systems = {"model": frame, **baselines}
+    if lengths := [f"{name} {one.height}" for name, one in systems.items() if one.height != frame.height]:
+        raise ValueError(f"A baseline has other rows than the {frame.height} of the model: {', '.join(lengths)}.")
     result: dict[str, Any] = {"protocol": dict(protocol), "rows": frame.height, "users": frame["user_id"].n_unique()}
-    for position, mask in enumerate(MASKS):
-        result[mask] = {name: _figures(ranks[position], ks, users, seed) for name, ranks in systems.items()}
+    for mask, column in MASKS.items():
+        result[mask] = {name: _figures(one[column].to_numpy(), ks, users, seed) for name, one in systems.items()}
+    if slices := slices_of(frame):
+        result["slices"] = {
+            name: {bucket: _slice(systems, rows, users, seed) for bucket, rows in buckets.items()}
+            for name, buckets in slices.items()
+        }
+    if counts is not None:
+        result["beyond_accuracy"] = {
+            name: beyond_accuracy(one["top_item_ids"].to_list(), counts)
+            for name, one in systems.items()
+            if "top_item_ids" in one.columns
+        }
     return result
 
 
-def cold_report(frame: pl.DataFrame, cold: ArrayLike, ks: Sequence[int] = CUTOFFS, seed: int = 0) -> dict[str, Any]:
-    """Figures of cold targets (see [`~r2ec_trl.evaluation.users.cold_targets`]) apart from those of the others.
-
-    Args:
-        frame (`polars.DataFrame`):
-            One row per example, as for [`report`].
-        cold (array-like of bool):
-            Whether the row's target is cold.
-
-    Returns:
-        `dict`: under `cold` and `warm`: `rows`, and, unless that is 0, `unmasked` and `masked`: metric -> `value`,
-        `low`, `high`.
-    """
-    mask = pl.Series(np.asarray(cold, dtype=bool))
-    result: dict[str, Any] = {}
-    for name, part in (("cold", frame.filter(mask)), ("warm", frame.filter(~mask))):
-        result[name] = {"rows": part.height}
-        if part.height:
-            users = part["user_id"].to_numpy()
-            for kind, column in MASKS.items():
-                result[name][kind] = _figures(part[column].to_numpy(), ks, users, seed)
+def _slice(systems: Mapping[str, pl.DataFrame], rows: np.ndarray, users: np.ndarray, seed: int) -> dict[str, Any]:
+    """Hit@10 and NDCG@10 of some of the rows."""
+    result: dict[str, Any] = {"rows": int(rows.sum())}
+    for mask, column in MASKS.items() if rows.any() else ():
+        ranks = {name: one[column].to_numpy()[rows] for name, one in systems.items()}
+        result[mask] = {name: _figures(of, (TOP,), users[rows], seed, ("hit", "ndcg")) for name, of in ranks.items()}
     return result
 
 
@@ -233,11 +237,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _figures(ranks: ArrayLike, ks: Sequence[int], users: np.ndarray, seed: int) -> dict[str, dict[str, float]]:
+def _figures(
+    ranks: ArrayLike, ks: Sequence[int], users: np.ndarray, seed: int, kinds: Sequence[str] = KINDS
+) -> dict[str, dict[str, float]]:
     figures = {}
-    for name, values in metric_values(ranks, ks).items():
-        if len(values) != len(users):
-            raise ValueError(f"There are {len(values)} ranks for {len(users)} rows.")
+    for name, values in metric_values(ranks, ks, kinds).items():
         low, high = bootstrap_interval(values, seed=seed, groups=users)
         figures[name] = {"value": float(values.mean()), "low": low, "high": high}
     return figures

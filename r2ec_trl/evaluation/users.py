@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
 from accelerate import Accelerator
@@ -122,7 +121,7 @@ def evaluate_users(
         model, prompts, table:
             The policy, its prompt maker and the item table encoded with it.
         dataset ([`~datasets.Dataset`]):
-            Rows of `user_id`, `history`, `target` and what the prompts use.
+            Rows of `user_id`, `history`, `target` and what the prompts use; a history may be empty.
         max_new_tokens (`int`):
             Longest reasoning.
         temperature (`float`):
@@ -147,9 +146,13 @@ def evaluate_users(
     def reason(*question: Any, **options: Any) -> list[Rollout]:
         return alter_reasoning(engine(*question, **options) if rollouts is None else rollouts, reader, reasoning)
 
-    modes = ["none" if reasoning == "none" else "full"] * len(dataset)
-    states, used = answer_users(model, prompts, table, dataset, reason, max_new_tokens, token_budget, modes)
     histories = [table.row_indices(history) for history in dataset["history"]]
+    strangers = not any(histories)  # nobody has bought anything: one prompt, one answer for all
+    asked = dataset.select([0]) if strangers else dataset
+    modes = ["none" if reasoning == "none" else "full"] * len(asked)
+    states, used = answer_users(model, prompts, table, asked, reason, max_new_tokens, token_budget, modes)
+    if strangers:
+        states, used = states.expand(len(dataset), -1), used * len(dataset)
     excluded = exclusion_matrix(histories, table.device)
     targets = torch.tensor(table.row_indices(dataset["target"]), device=table.device)
     scores = table.rank(states, targets, temperature=temperature)
@@ -187,22 +190,10 @@ def summarise_users(frame: pl.DataFrame) -> dict[str, float]:
     }
 
 
-def cold_targets(train: Dataset, dataset: Dataset) -> np.ndarray:
-    """
-    Whether each row's target is a cold item: one that is never a target in `train`, so that no gradient ever asked for
-    it. Its row is as good as the model's reading of its text.
-
-    Args:
-        train ([`~datasets.Dataset`]):
-            The rows that were trained on.
-        dataset ([`~datasets.Dataset`]):
-            The rows to tell apart.
-
-    Returns:
-        `numpy.ndarray` of shape `(len(dataset),)`, bool.
-    """
-    seen = set(train["target"][:])
-    return np.array([target not in seen for target in dataset["target"][:]], dtype=bool)
+def without_histories(dataset: Dataset) -> Dataset:
+    """The same users and targets as if nobody had bought anything: `user_id`, `history` (empty), `target`."""
+    empty: list[list[str]] = [[]] * len(dataset)
+    return Dataset.from_dict({"user_id": dataset["user_id"][:], "history": empty, "target": dataset["target"][:]})
 
 
 def own_rows(dataset: Dataset, accelerator: Accelerator) -> Dataset:

@@ -32,6 +32,7 @@ MAX_SHARING = 10  # a catalogue with fewer different prompts than one for so man
 LATER_FIELDS = (
     "prompt_date",
     "chat_template_kwargs",
+    "no_history",
 )  # not in fingerprints of 0.1.0; at their defaults they say nothing
 _UNITS = ((31_536_000, "year"), (2_592_000, "month"), (604_800, "week"), (86_400, "day"), (3_600, "hour"))
 
@@ -62,6 +63,7 @@ class PromptConfig:
     max_item_length: int = _field(768, "Tokens of an item prompt.")
     use_ratings: bool = _field(True, "Show the user's ratings where the data have them.")
     use_times: bool = _field(True, "Show how long ago purchases were, where known.")
+    no_history: str = _field("- none yet", "Line of a user without any purchase.")
     prompt_date: str = _field("2024-07-26", "Day (YYYY-MM-DD) that a chat template is told: prompts know no clock.")
     chat_template_kwargs: dict | str | None = _field(
         None, 'Variables of the chat template as a JSON object, such as {"enable_thinking": false}.'
@@ -140,7 +142,8 @@ class Prompts:
 
     def user_messages(self, example: Mapping[str, Any]) -> Messages:
         """
-        Chat messages of a user prompt; as many of the newest purchases as fit `max_prompt_length` tokens.
+        Chat messages of a user prompt; as many of the newest purchases as fit `max_prompt_length` tokens, or a line
+        that says there are none.
 
         Args:
             example (`Mapping`):
@@ -159,8 +162,7 @@ class Prompts:
     def _user_turn(self, example: Mapping[str, Any]) -> tuple[Messages, list[int]]:
         name = f"User {example.get('user_id', '?')}"
         lines = self._purchase_lines(example)[-self.config.max_history_items :]
-        if not lines:
-            raise UserError(f"{name} has an empty history; give at least one purchase.")
+        lines = lines or [self.config.no_history]
         for start in range(len(lines)):
             messages, ids = self._turn(self.config.user_template, lines[start:], name)
             if len(ids) <= self.config.max_prompt_length:

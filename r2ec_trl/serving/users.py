@@ -45,8 +45,6 @@ def check_user(history: History, name: str) -> dict[str, Any]:
     if isinstance(user[key], (str, bytes, Mapping)) or not isinstance(user[key], Iterable):
         raise UserError(f"{name}: `{key}` must be a list of texts, not {_short(user[key])}.")
     user[key] = list(user[key])
-    if not user[key]:
-        raise UserError(f"{name} has an empty history; give at least one purchase.")
     for purchase in user[key]:
         if not is_text(purchase) or not purchase.strip():
             raise UserError(f"{name}: `{key}` must be a list of texts, but holds {_short(purchase)}.")

@@ -342,7 +342,7 @@ def test_a_bundle_of_the_hub_is_changed_in_memory_alone(own, monkeypatch, tmp_pa
 def test_the_card_tells_how_to_use_it_and_what_it_reached(own, shop, tiny_model_folder):
     bundle = Bundle.load(own)
     frame = bundle.evaluate(shop["test"])
-    ranks = {"popularity": (frame["rank"].to_numpy(), frame["rank_masked"].to_numpy())}
+    ranks = {"popularity": frame}
     bundle.model_card = (
         "---\nlibrary_name: transformers\ntags:\n- grpo\n---\n\n# Run\n\nOf [None](https://huggingface.co/None)\n\n"
         "## Quick start\n\nchat\n\n## Citations\n\nx\n"

@@ -35,7 +35,7 @@ def test_the_ranks_are_kept_whatever_fails_later(written, shop_folder, tmp_path,
     def fail(*_, **__):
         raise RuntimeError("baselines")
 
-    monkeypatch.setattr(run_end, "baseline_ranks", fail)
+    monkeypatch.setattr(run_end, "baseline_frames", fail)
     with pytest.raises(RuntimeError, match="baselines"):
         launch("evaluate", "--bundle", written, "--dataset", shop_folder, out=tmp_path)
     assert read_ranks(tmp_path)[0].height == 10 and (tmp_path / "metrics.json").is_file()
@@ -74,7 +74,9 @@ def test_baselines_count_train_rows_alone():
     test = Dataset.from_list([{"user_id": f"w{row}", "history": ["a"], "target": "c"} for row in range(3)])
     items = Dataset.from_list([{"item_id": item, "title": item} for item in "abc"])
     data = DatasetDict({"train": Dataset.from_list(rows), "test": test, "items": items})
-    ranks = run_end.baseline_ranks(data, test, synthetic=False)
-    assert set(ranks) == {"popularity", "item_to_item"}
-    for unmasked, masked in ranks.values():
-        assert list(unmasked) == [3, 3, 3] and list(masked) == [2, 2, 2]
+    frames = run_end.baseline_frames(data, test, synthetic=False)
+    best = {name: frame["top_item_ids"].to_list() for name, frame in frames.items()}
+    assert best == {"popularity": [["a", "b", "c"]] * 3, "item_to_item": [["b", "a", "c"]] * 3}
+    for frame in frames.values():
+        assert list(frame["rank"]) == [3, 3, 3] and list(frame["rank_masked"]) == [2, 2, 2]
+        assert frame["user_id"].to_list() == ["w0", "w1", "w2"] and frame["target"].to_list() == ["c"] * 3

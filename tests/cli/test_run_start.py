@@ -1,10 +1,12 @@
 """What would only fail when all the training is done is refused before anything is loaded."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import EarlyStoppingCallback
 
 from r2ec_trl.bundle.bundle import Bundle
-from r2ec_trl.cli.run_start import RunArguments, callbacks_of
+from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_train
 from r2ec_trl.errors import UserError
 
 
@@ -16,6 +18,7 @@ from r2ec_trl.errors import UserError
         (["--max_seconds", "nan"], "`max_seconds` is nan"),
         (["--max_seconds", "inf"], "`max_seconds` is inf"),
         (["--shown_rollouts", "-1"], "`shown_rollouts` is -1"),
+        (["--no_history_share", "1.5"], "`no_history_share` is 1.5"),
         (["--early_stopping_patience", "2"], "add --eval_strategy steps"),
         (["--output_dir", "{foreign}"], "exists and is no bundle"),
         (["--output_dir", "{file}"], "cannot be written"),
@@ -52,6 +55,20 @@ def test_evaluate_refuses_first(words, sentence, written, shop_folder, tmp_path,
     words = [word.format(file=tmp_path / "file") for word in words]
     with pytest.raises(UserError, match=sentence):
         launch("evaluate", "--bundle", written, "--dataset", shop_folder, *words, out=tmp_path / "out")
+
+
+def test_a_share_of_the_train_rows_loses_its_purchases(shop):
+    """Of 40 rows with ratings a quarter, ratings too; which ones is the seed's; the folder's own rows stay."""
+    rows = shop["train"].select(range(40))
+    data = {"train": rows}
+    seeds = [SimpleNamespace(seed=seed) for seed in (0, 0, 1)]
+    assert rows_to_train(RunArguments(), seeds[0], data) is data["train"]
+    one, again, other = (rows_to_train(RunArguments(no_history_share=0.25), seed, data) for seed in seeds)
+    assert one["history"][:] == again["history"][:] != other["history"][:] and one["target"][:] == rows["target"][:]
+    emptied = [row for row in range(40) if not one[row]["history"]]
+    assert len(emptied) == 10 and all(one[row]["history_ratings"] == [] for row in emptied)
+    assert all(one[row] == data["train"][row] for row in set(range(40)).difference(emptied))
+    assert len(data["train"]["history"][emptied[0]]) > 0
 
 
 def test_patience_counts_evaluations():

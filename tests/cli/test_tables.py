@@ -5,8 +5,8 @@ import os
 import polars as pl
 from rich.console import Console
 
-from r2ec_trl.cli.tables import cold_table, comparison_table, report_table, run_table
-from r2ec_trl.evaluation.report import cold_report, compare_frames, report
+from r2ec_trl.cli.tables import beyond_table, comparison_table, report_table, run_table, slice_table
+from r2ec_trl.evaluation.report import compare_frames, report
 
 
 def frame(rank=(1, 3, 2, 10), masked=None):
@@ -20,7 +20,7 @@ def text_of(table):
 
 
 def test_tables_show_every_figure():
-    result = report(frame(), {"item_to_item": ([9, 9, 9, 9], [9, 9, 9, 9])}, {}, ks=[2])
+    result = report(frame(), {"item_to_item": frame(rank=(9, 9, 9, 9))}, {}, ks=[2])
     text = text_of(report_table(result))
     assert "4 rows of 3 users" in text and "item to item" in text and "NDCG@2" in text
     assert "0.5000 [" in text and "0.0000 [0.0000, 0.0000]" in text
@@ -38,8 +38,17 @@ def test_the_run_at_one_glance_follows_the_sign_of_the_change():
     assert any("95 % bootstrap intervals" in line for line in lines)
 
 
-def test_cold_targets_stand_apart():
-    text = text_of(cold_table(cold_report(frame(), [True, False, False, False], ks=[2])))
-    assert "cold targets (1)" in text and "the others (3)" in text
-    (line,) = [line for line in text.splitlines() if "unmasked" in line]
-    assert "1.0000" in line.split("│")[3] and "0.3333" in line.split("│")[4]  # hit@2 of rank 1; of 3, 2 and 10
+def test_slices_and_what_is_recommended():
+    described = frame(rank=(1, 3, 2, 11)).with_columns(
+        history_items=pl.Series([1, 2, 4, 9]),
+        target_popularity=pl.Series(["cold", "tail", "head", "head"]),
+        top_item_ids=pl.Series([["a", "b"]] * 4),
+    )
+    result = report(described, {"popularity": described}, {}, counts={"a": 3, "b": 1, "c": 0, "d": 0})
+    result["no_history"] = {"rows": 4, "popularity": result["unmasked"]["popularity"]}
+    text = text_of(slice_table(result))
+    (line,) = [line for line in text.splitlines() if "targets, unmasked" in line and "cold" in line]
+    assert [word.strip() for word in line.split("│")[3:5]] == ["1", "1.0000 [1.0000, 1.0000]"]
+    assert "popularity, masked" in text and "middle" not in text and "purchases left out" in text
+    (line,) = [line for line in text_of(beyond_table(result)).splitlines() if "model" in line]
+    assert [word.strip() for word in line.split("│")[2:6]] == ["50.0%", "0.500", "2.0", "100.0%"]

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Dataset
 
 from r2ec_trl.bundle.bundle import Bundle
-from r2ec_trl.evaluation.users import cold_targets
 from r2ec_trl.policy import generation
 from r2ec_trl.serving.recommender import Recommender
 
@@ -46,12 +44,6 @@ def test_a_bundle_without_reasoning_writes_none(written, shop, lengths):
     assert lengths == [] and set(frame["reasoning_tokens"]) == {0} and not frame["has_marker"].any()
     assert answer.reasoning == "" and not answer.has_marker
     assert not frame.equals(Bundle.load(written).evaluate(shop["test"])) and lengths == [8]
-
-
-def test_cold_targets_are_those_that_training_never_asked_for():
-    train = Dataset.from_dict({"target": ["a", "b"], "history": [["c"], ["d"]]})
-    test = Dataset.from_dict({"target": ["b", "c", "e", "a"]})
-    assert cold_targets(train, test).tolist() == [False, True, True, False]
 
 
 def test_an_item_removed_from_the_middle_takes_no_other_row_with_it(own):

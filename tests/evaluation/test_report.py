@@ -12,7 +12,6 @@ import pytest
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import report as report_module
 from r2ec_trl.evaluation.report import (
-    cold_report,
     compare_frames,
     differences,
     protocol,
@@ -43,7 +42,7 @@ def made(**settings):
 
 def test_report_by_hand():
     """Ranks 1, 3, 2, 10 at k = 2: two hits of four. Masked, the repeat of row 2 is a miss: 1, 10, 2, 9 at k = 3."""
-    result = report(frame(), {"popularity": ([9, 9, 9, 9], [1, 1, 1, 1])}, made(), ks=[2, 3])
+    result = report(frame(), {"popularity": frame((9, 9, 9, 9), (1, 1, 1, 1))}, made(), ks=[2, 3])
     assert (result["rows"], result["users"]) == (4, 3)
     assert result["unmasked"]["model"]["hit@2"]["value"] == 0.5
     assert result["unmasked"]["model"]["mrr@3"]["value"] == pytest.approx((1 + 1 / 3 + 1 / 2) / 4)
@@ -67,18 +66,40 @@ def test_users_are_resampled_with_all_their_rows():
 
 
 def test_the_seed_reaches_every_interval():
-    """200 users whose hits are neither all nor none: model, baseline and cold targets move with the seed."""
+    """200 users whose hits are neither all nor none: model, baseline and slices move with the seed."""
     ranks = [(7 * row) % 23 + 1 for row in range(200)]
     many = pl.DataFrame({"user_id": [f"u{row}" for row in range(200)], "rank": ranks, "rank_masked": ranks})
-    reports = [report(many, {"popularity": (ranks, ranks)}, made(), ks=[5], seed=seed) for seed in (0, 0, 1)]
+    many = many.with_columns(history_items=pl.lit(1), target_popularity=pl.lit("cold"))
+    reports = [report(many, {"popularity": many}, made(), ks=[5], seed=seed) for seed in (0, 0, 1)]
     for mask in ("unmasked", "masked"):
         for system in ("model", "popularity"):
             one, again, other = (found[mask][system]["ndcg@5"] for found in reports)
             assert one == again and one["value"] == other["value"]
             assert (one["low"], one["high"]) != (other["low"], other["high"])
-    cold = [row % 2 == 0 for row in range(200)]
-    one, again, other = (cold_report(many, cold, ks=[5], seed=seed) for seed in (0, 0, 1))
+    one, again, other = (found["slices"] for found in reports)
     assert one == again != other
+
+
+def test_slices_are_the_rows_they_say():
+    """Rank 1 is of a cold target after one purchase, ranks 3 and 2 after two, rank 10 after five."""
+    described = frame().with_columns(
+        history_items=pl.Series([1, 2, 2, 5]), target_popularity=pl.Series(["cold", "tail", "middle", "middle"])
+    )
+    result = report(described, {"popularity": frame(rank=(11, 11, 11, 1))}, made(), counts={"a": 2, "b": 1, "c": 0})
+    rows = {name: {one: found["rows"] for one, found in of.items()} for name, of in result["slices"].items()}
+    assert rows == {
+        "targets": {"cold": 1, "others": 3},
+        "history": {"none": 0, "1": 1, "2": 2, "3-4": 0, "5+": 1},
+        "popularity": {"tail": 1, "middle": 2, "head": 0},
+    }
+    two, five = result["slices"]["history"]["2"], result["slices"]["history"]["5+"]
+    assert two["unmasked"]["model"]["ndcg@10"]["value"] == pytest.approx((1 / 2 + 1 / 1.584962500721156) / 2)
+    assert two["masked"]["model"]["hit@10"]["value"] == 1 and two["unmasked"]["popularity"]["hit@10"]["value"] == 0
+    assert five["unmasked"]["popularity"]["ndcg@10"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert set(result["slices"]["history"]["none"]) == {"rows"}
+    assert set(result["beyond_accuracy"]) == {"model", "popularity"}
+    assert result["beyond_accuracy"]["model"]["coverage@10"] == pytest.approx(2 / 3)
+    assert "slices" not in report(frame(), {}, made()) and "beyond_accuracy" not in report(frame(), {}, made())
 
 
 def test_sentences_say_how_many_draws_there_are():
@@ -90,8 +111,8 @@ def test_sentences_say_how_many_draws_there_are():
 
 
 def test_ranks_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="3 ranks for 4 rows"):
-        report(frame(), {"popularity": ([1, 1, 1], [1, 1, 1])}, made())
+    with pytest.raises(ValueError, match="other rows than the 4 of the model: popularity 3"):
+        report(frame(), {"popularity": frame()[:3]}, made())
 
 
 def test_protocol_says_how_the_figures_came_about():

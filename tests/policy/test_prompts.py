@@ -101,10 +101,17 @@ def test_only_whole_oldest_purchases_are_cut(make_prompts):
 def test_a_prompt_that_cannot_hold_the_newest_purchase_is_an_error(make_prompts):
     with pytest.raises(UserError, match="User u: the instruction and the newest purchase take .* `max_prompt_length`"):
         make_prompts(max_prompt_length=20).user_ids(user())
-    with pytest.raises(UserError, match="empty history"):
-        make_prompts().user_ids(user(history=[]))
     with pytest.raises(UserError, match="item 'zz' is not in the catalogue"):
         make_prompts().user_ids(user(history=["zz"]))
+
+
+def test_a_user_without_purchases_is_told_as_one(make_prompts):
+    for words, line in (({}, "- none yet"), ({"no_history": "(nothing)"}, "(nothing)")):
+        prompts = make_prompts(**words)
+        assert text(prompts, user(history=[])).splitlines()[-2] == line
+        assert prompts.user_ids(user(history=[], timestamp=3)) == prompts.user_ids({"history_titles": []})
+    assert PromptConfig().fingerprint() == PromptConfig(no_history="- none yet").fingerprint()
+    assert PromptConfig().fingerprint() != PromptConfig(no_history="(nothing)").fingerprint()
 
 
 def test_max_history_items_keeps_the_newest(make_prompts):

@@ -110,6 +110,14 @@ def test_titles_are_as_good_as_ids(recommender):
     assert len(foreign.items) == 40  # nothing of the catalogue was bought
 
 
+def test_a_user_without_purchases_is_answered(recommender):
+    """By id or by title, alone or among others: the same list, of which nothing is left out."""
+    [alone], [title] = recommender.recommend([[]], 40), recommender.recommend([{"history_titles": []}], 40)
+    assert len(alone.items) == 40 and ids(alone) == ids(title)
+    _, among = recommender.recommend([["i00"], []], 40)
+    assert ids(among) == ids(alone) and among.reasoning == alone.reasoning
+
+
 def test_ratings_and_times_reach_the_prompt(recommender):
     plain = {"history": ["i00", "i12"]}
     full = {**plain, "history_ratings": [5, 1], "history_timestamps": [0, 86_400], "timestamp": 2 * 86_400}
@@ -140,7 +148,6 @@ def test_where(recommender):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ({"histories": [[]]}, "User 0 has an empty history"),
         ({"histories": [["i00"], ["nope"]]}, "User 1 bought 'nope'.*history_titles"),
         ({"histories": ["i00"]}, "User 0 is neither a list of item ids nor an object with `history`, but 'i00'"),
         ({"histories": "i00"}, "put a single user into a list"),

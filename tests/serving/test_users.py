@@ -45,7 +45,6 @@ def test_users_of_a_pipe(tmp_path):
         ("3", "line 1 is neither a list of item ids nor an object with `history`, but 3"),
         ('"i1"', "line 1 is neither a list .* but 'i1'"),
         ("null", "line 1 is neither a list .* but None"),
-        ("[]", "line 1 has an empty history"),
         ("[1, 2]", "line 1: `history` must be a list of texts, but holds 1"),
         ('["i1", null]', "line 1: `history` must be a list of texts, but holds None"),
         ('["\\ud800"]', "line 1: `history` must be a list of texts, but holds '.ud800'"),
