@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trl.rewards import get_soft_overlong_punishment
+
 from r2ec_trl.errors import UserError
 from r2ec_trl.metrics import hit_at_k, ndcg_at_k, reciprocal_rank
 
@@ -132,32 +134,87 @@ def fused_reward(
     return [reward_mix * p + (1 - reward_mix) * gain for p, gain in zip(probabilities, gains, strict=True)]
 
 
+def length_reward(
+    completions: list, completion_ids: list[list[int]], max_completion_length: int = 64, **kwargs: Any
+) -> list[float]:
+    """Minus the number of tokens, the marker's included, over the most that is allowed.
+
+    Args:
+        completions (`list`):
+            Rollouts, not looked at.
+        completion_ids (`list[list[int]]`):
+            Their token ids.
+        max_completion_length (`int`, *optional*, defaults to `64`):
+            What counts as 1.
+
+    Example:
+
+    ```python
+    >>> length_reward(["..."], completion_ids=[[5, 6, 7]], max_completion_length=12)
+    [-0.25]
+
+    ```
+    """
+    return [-len(ids) / max_completion_length for ids in completion_ids]
+
+
+def soft_overlong_reward(
+    completions: list,
+    completion_ids: list[list[int]],
+    max_completion_length: int = 64,
+    soft_punish_cache: int = 16,
+    **kwargs: Any,
+) -> list[float]:
+    """[`~trl.rewards.get_soft_overlong_punishment`]: 0, falling to -1 over the last tokens before the limit.
+
+    Args:
+        completions (`list`):
+            Rollouts, not looked at.
+        completion_ids (`list[list[int]]`):
+            Their token ids.
+        max_completion_length (`int`, *optional*, defaults to `64`):
+            The limit.
+        soft_punish_cache (`int`, *optional*, defaults to `16`):
+            Tokens before the limit over which it falls.
+
+    Example:
+
+    ```python
+    >>> soft_overlong_reward(["...", "..."], [[1] * 8, [1] * 6], max_completion_length=8, soft_punish_cache=4)
+    [-1.0, -0.5]
+
+    ```
+    """
+    return get_soft_overlong_punishment(max_completion_length, soft_punish_cache)(completion_ids=completion_ids)
+
+
 _BUILT_IN: dict[str, Reward] = {
     "fused": fused_reward,
     "hit": hit_reward,
+    "length": length_reward,
     "ndcg": ndcg_reward,
     "reciprocal_rank": reciprocal_rank_reward,
+    "soft_overlong": soft_overlong_reward,
     "target_probability": target_probability_reward,
 }
 
 
-def load_reward(spec: str, reward_mix: float = 0.05, reward_cutoff: int = 1000) -> Reward:
+def load_reward(spec: str, **settings: Any) -> Reward:
     """The reward that a command line names.
 
     Args:
         spec (`str`):
-            A built-in ("ndcg", "hit", "reciprocal_rank", "target_probability", "fused"), `path/to/file.py:function`
-            or `package.module:function`.
-        reward_mix (`float`, *optional*, defaults to `0.05`):
-            Given to the built-ins that take it.
-        reward_cutoff (`int`, *optional*, defaults to `1000`):
-            Given to the built-ins that take it.
+            A built-in ("fused", "hit", "length", "ndcg", "reciprocal_rank", "soft_overlong", "target_probability"),
+            `path/to/file.py:function` or `package.module:function`.
+        **settings:
+            `reward_mix`, `reward_cutoff`, `max_completion_length`, `soft_punish_cache`: given to the built-ins that
+            take them.
 
     Returns:
         `Callable`: a TRL reward callable whose `__name__` is the name in the logs.
     """
     if spec in _BUILT_IN:
-        return _bind(_BUILT_IN[spec], reward_mix=reward_mix, reward_cutoff=reward_cutoff)
+        return _bind(_BUILT_IN[spec], **settings)
     source, _, name = spec.rpartition(":")
     if not source or not name:
         known = ", ".join(_BUILT_IN)

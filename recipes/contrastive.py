@@ -1,10 +1,12 @@
 """
-Contrastive training without reasoning (M8): the warm start of RecPO, and the baseline it must beat.
+Contrastive training (M8): the warm start of RecPO, and the baseline it must beat. Without reasoning, or aligned:
+`--reasoning sampled` also takes answer states after the policy's own sampled reasoning.
 
     accelerate launch recipes/contrastive.py --config recipes/configs/smollm2_contrastive.yaml --dataset DATASET_FOLDER
 
 Writes into `--output_dir`: the adapter (or weights), `bundle` (what recipes/recommend.py takes), `metrics.json`
-(`before` and `after` on the test split, both without reasoning), `ranks.parquet` and `before/ranks.parquet`. Only
+(`before` and `after` on the test split, both without reasoning unless it is sampled, when validation full and
+none is there too), `ranks.parquet` and `before/ranks.parquet`. Only
 validation is seen while training.
 Hardware, run time and measured results of each config: recipes/README.md.
 """

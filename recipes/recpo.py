@@ -40,7 +40,8 @@ class RecPOScriptArguments(RunArguments):
     reward_funcs: list[str] = field(
         default_factory=lambda: ["fused"],
         metadata={
-            "help": "Rewards: fused, ndcg, hit, reciprocal_rank, target_probability, file.py:func, module:func."
+            "help": "Rewards: fused, ndcg, hit, reciprocal_rank, target_probability, length, soft_overlong, "
+            "file.py:func, module:func; `reward_weights` says what each weighs."
         },
     )
     plan: bool = field(default=False, metadata={"help": "Print parameters, memory, steps and problems, then stop."})

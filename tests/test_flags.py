@@ -27,6 +27,7 @@ from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
 from r2ec_trl.training.recpo_config import RecPOConfig
 
 ROOT = Path(__file__).parents[1]
+SAMPLED = "training/test_sampled_reasoning.py"
 HERE, TRAINER, CONFIG = "test_flags.py", "training/test_recpo_trainer.py", "training/test_recpo_config.py"
 FLAGS = {
     **dict.fromkeys(["dataset", "category"], (HERE, "test_rows_and_category_of_a_run")),
@@ -45,6 +46,12 @@ FLAGS = {
     **dict.fromkeys(["reward_mix", "reward_cutoff"], ("test_rewards.py", "")),
     **dict.fromkeys(["advantage", "item_coef", "item_negatives", "item_credit"], ("training/test_objective.py", "")),
     "token_coef": (TRAINER, ""),
+    "soft_punish_cache": ("test_rewards.py", "test_length_by_hand"),
+    "user_share": ("cli/test_run_start.py", "test_users_are_shared_out"),
+    "min_reward_spread": (TRAINER, "test_users_without_signal_are_skipped"),
+    **dict.fromkeys(["reasoning_share", "num_generations"], (SAMPLED, "test_flags_shape_what_is_sampled")),
+    **dict.fromkeys(["temperature", "top_k"], (SAMPLED, "test_flags_shape_what_is_sampled")),
+    "stop_coef": (SAMPLED, "test_groups_without_signal_teach_no_words"),
     **dict.fromkeys(["item_gradient", "table_refresh_budget", "table_refresh_steps", "watch_steps"], (TRAINER, "")),
     "mask_history": (TRAINER, ""),
     "slice_table": ("test_distributed.py", ""),

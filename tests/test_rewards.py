@@ -22,7 +22,7 @@ from r2ec_trl.rewards import (
     target_probability_reward,
 )
 
-BUILT_IN = ("fused", "hit", "ndcg", "reciprocal_rank", "target_probability")
+BUILT_IN = ("fused", "hit", "length", "ndcg", "reciprocal_rank", "soft_overlong", "target_probability")
 TRL_ARGUMENTS = {"prompts": ["p", "p"], "completion_ids": [[1], [2]], "trainer_state": None, "num_items": [9, 9]}
 
 
@@ -35,6 +35,15 @@ def test_hand_worked():
     assert target_probability_reward(completions, probabilities) == probabilities
     assert fused_reward(completions, ranks, probabilities) == pytest.approx([0.98, 0.485, 0.0005])
     assert all(isinstance(reward, float) for reward in fused_reward(completions, ranks, probabilities))
+
+
+def test_length_by_hand():
+    """`max_completion_length` 10, `soft_punish_cache` 4: 6 tokens cost nothing, 8 a half, 11 all (a marker beyond)."""
+    ids = [[1] * count for count in (2, 6, 8, 11)]
+    settings = {"max_completion_length": 10, "soft_punish_cache": 4}
+    assert load_reward("soft_overlong", **settings)(completions=ids, completion_ids=ids) == [0, 0, -0.5, -1]
+    assert load_reward("length", **settings)(completions=ids, completion_ids=ids) == [-0.2, -0.6, -0.8, -1.1]
+    assert load_reward("soft_overlong", **settings | {"soft_punish_cache": 8})(ids, ids)[1] == -0.5
 
 
 @given(rank=st.integers(1, 5000), probability=st.floats(0, 1), mix=st.floats(0, 1), cutoff=st.integers(1, 2000))
@@ -109,7 +118,7 @@ def test_a_file_does_not_take_the_place_of_a_module(tmp_path):
 @pytest.mark.parametrize(
     ("text", "spec", "message"),
     [
-        ("", "ndgc", "Unknown reward 'ndgc'; choose one of fused, hit, ndcg, reciprocal_rank, target_probability"),
+        ("", "ndgc", "Unknown reward 'ndgc'; choose one of fused, hit, length, ndcg, .*, soft_overlong, target_prob"),
         ("", "{file}", "Unknown reward"),
         ("", "{file}:", "Unknown reward"),
         ("", "{folder}/other.py:f", "there is no file .*other.py"),

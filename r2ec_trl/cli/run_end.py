@@ -194,7 +194,7 @@ def _bundle_protocol(trainer: GreedyEvaluation) -> Protocol:
     args: Any = trainer.args
     return Protocol(
         reasoning=trainer.reasoning,
-        max_completion_length=getattr(args, "max_completion_length", BundleArguments.max_completion_length),
+        max_completion_length=(BundleArguments if trainer.reasoning == "none" else args).max_completion_length,
         item_temperature=args.item_temperature,
         forward_token_budget=args.forward_token_budget,
         mixed_precision=trainer.accelerator.mixed_precision if trainer.accelerator.native_amp else "no",
@@ -229,7 +229,7 @@ def _facts(trainer: GreedyEvaluation, card: Mapping[str, Any]) -> dict[str, Any]
     settings = settings_of(
         args,
         trainer.reasoning,
-        max_completion_length=getattr(args, "max_completion_length", 0),
+        max_completion_length=0 if trainer.reasoning == "none" else args.max_completion_length,
         model=trainer.model.config._name_or_path,
     )
     return protocol(card, settings, args.seed)
@@ -251,6 +251,8 @@ def _result(
     result: dict[str, Any] = {"after": full_report(after, baselines, facts, dataset, test, strangers)}
     if before is not None:
         result["difference"] = compare_frames(before, after, seed=args.seed)
+    if getattr(trainer, "reasoning_report", None) is not None:
+        result["reasoning_on_validation"] = trainer.reasoning_report
     result["training"] = {
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,

@@ -21,6 +21,7 @@ from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.cli.threads import use_cores
 from r2ec_trl.data.arrow import to_dataset
+from r2ec_trl.data.stable_hash import share_points
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import explained
 from r2ec_trl.training.health import HealthCallback
@@ -35,6 +36,13 @@ class RunArguments(DataArguments):
     )
     max_seconds: float | None = field(
         default=None, metadata={"help": "Stop training after so many seconds, to compare at equal time."}
+    )
+    user_share: str = field(
+        default="0:1",
+        metadata={
+            "help": "Train on this share of the users, told apart by a hash of their ids: a warm start on 0:0.5 "
+            "leaves 0.5:1 unseen for RecPO."
+        },
     )
     max_test_users: int | None = field(default=None, metadata={"help": "Test on the first so many users only."})
     report_before: bool = field(default=True, metadata={"help": "Also evaluate the start on the test split."})
@@ -55,6 +63,7 @@ class RunArguments(DataArguments):
             raise UserError(f"`no_history_share` is {self.no_history_share}; give a share from 0 to 1.")
         if self.shown_rollouts < 0:
             raise UserError(f"`shown_rollouts` is {self.shown_rollouts}; give 0 or more.")
+        share_ends(self.user_share)
 
 
 class TimeLimitCallback(TrainerCallback):
@@ -112,9 +121,42 @@ def rows_to_test(run_args: RunArguments, args: Any, dataset: DatasetDict) -> Dat
     return first_rows(dataset["test"], run_args.max_test_users)
 
 
+def share_ends(share: str) -> tuple[float, float]:
+    """
+    The ends of `user_share`; [`UserError`] where it is none.
+
+    >>> share_ends("0:0.5")
+    (0.0, 0.5)
+    """
+    try:
+        low, high = map(float, share.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise UserError(f"`user_share` is {share!r}; give two numbers between 0 and 1, as in 0:0.5.")
+    return low, high
+
+
+def shared_users(run_args: RunArguments, train: Dataset) -> Dataset:
+    """The rows of the users in `user_share`; said where it is not all of them."""
+    low, high = share_ends(run_args.user_share)
+    if (low, high) == (0.0, 1.0):
+        return train
+    users = pl.Series(train["user_id"][:])
+    points = share_points(users)
+    inside = np.flatnonzero((points >= low) & (points < high))
+    if not len(inside):
+        raise UserError(f"--user_share {run_args.user_share} leaves no train row; give a larger share.")
+    count = users.gather(inside).n_unique()
+    say(
+        f"Training on {len(inside)} of {len(train)} rows: {count} of {users.n_unique()} users ({run_args.user_share})."
+    )
+    return train.select(inside)
+
+
 def rows_to_train(run_args: RunArguments, args: Any, dataset: DatasetDict) -> Dataset:
-    """The train rows; `no_history_share` of them, drawn by the run's seed, without their purchases."""
-    train = dataset["train"]
+    """The train rows of `user_share`; `no_history_share` of them, drawn by the run's seed, without their purchases."""
+    train = shared_users(run_args, dataset["train"])
     if not run_args.no_history_share:
         return train
     frame = train.to_polars()

@@ -30,3 +30,8 @@ def mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def share_points(texts: pl.Series) -> np.ndarray:
+    """A point of [0, 1) for each text, evenly spread: which texts belong to a share of all."""
+    return mix(text_hashes(texts)) / 2.0**64

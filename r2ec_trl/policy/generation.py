@@ -1,7 +1,8 @@
 """Greedy reasoning with transformers, and where its `generate` stops."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -97,9 +98,10 @@ def generate_reasoning(
     max_new_tokens: int,
     batch_tokens: int = 32_768,
     watch: Watch | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> list[Rollout]:
     """
-    Greedy reasoning of every prompt, up to the marker (paper §3, inference).
+    Reasoning of every prompt up to the marker, greedy (paper §3, inference) unless `sampling` says how to draw.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -115,6 +117,8 @@ def generate_reasoning(
         watch (`Callable`, *optional*):
             Called after every token with a prompt's number and its ids so far (padded once it
             has ended, where transformers' own `generate` goes on); `True` ends it.
+        sampling (`Mapping`, *optional*):
+            Settings of transformers' `GenerationConfig` in place of the greedy ones: `do_sample`, `temperature`, …
 
     Returns:
         `list[Rollout]`: in the order of the prompts.
@@ -123,11 +127,9 @@ def generate_reasoning(
     stop_ids = reader.stop_ids(model.generation_config.eos_token_id)  # as TRL's sampling
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         num_beams=1,
-        temperature=1.0,  # the checkpoint's own sampling defaults would fill what is not said here
-        top_p=1.0,
-        top_k=50,
+        # the checkpoint's own sampling defaults would fill what is not said here
+        **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, **(sampling or {})},
         repetition_penalty=1.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

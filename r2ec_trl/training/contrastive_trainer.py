@@ -1,5 +1,6 @@
 """The paper's "w/o reasoning" objective (M8): warm start for RecPO, and the baseline it must beat."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +9,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from trl.trainer.utils import add_fused_lm_head
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.report import compare_frames
+from r2ec_trl.evaluation.users import summarise_users
 from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right
 from r2ec_trl.policy.checks import check_start, fit_adapter, switch_dropout_off
@@ -21,6 +25,7 @@ from r2ec_trl.training.guarded import GuardedTraining
 from r2ec_trl.training.inputs import check_inputs
 from r2ec_trl.training.objective import contrastive_loss, mean_pairwise_cosine
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
+from r2ec_trl.training.sampled_reasoning import SampledReasoning
 from r2ec_trl.training.telemetry import Telemetry
 
 
@@ -31,6 +36,31 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
     optim: str = field(default=AUTO, metadata={"help": OPTIM_HELP})
     per_device_train_batch_size: int = field(default=24, metadata={"help": "Users a step: each other's negatives."})
+    reasoning: str = field(
+        default="none",
+        metadata={
+            "help": "Answer states after 'none', or for a share of the users after their own 'sampled' reasoning.",
+            "choices": ["none", "sampled"],
+        },
+    )
+    reasoning_share: float = field(default=0.5, metadata={"help": "Share of a batch's users who reason, if sampled."})
+    num_generations: int = field(default=2, metadata={"help": "G, sampled reasonings of each of them."})
+    max_completion_length: int = field(default=64, metadata={"help": "Most tokens of a reasoning."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_k: int = field(default=200, metadata={"help": "Sampling top-k; 0 switches it off."})
+    stop_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a language-model loss on each group's best reasoning with the marker at its end, "
+            "so that the policy learns to stop by itself."
+        },
+    )
+    min_reward_spread: float = field(
+        default=0.0,
+        metadata={
+            "help": "Leave groups out of it in which the target's probability has a smaller deviation than this."
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the collator needs them."})
     bf16: bool | None = field(default=None, metadata={"help": "By default on a GPU that supports it."})
@@ -44,12 +74,21 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
             self.metric_for_best_model, self.greater_is_better = self.selection_metric, True
         super().__post_init__()
         check_launch(self.device.type)
+        if self.reasoning not in ("none", "sampled"):
+            raise UserError(f"`reasoning` is {self.reasoning!r}; give none or sampled.")
+        unread = [name for name in ("stop_coef", "min_reward_spread") if getattr(self, name)]
+        if self.reasoning == "none" and unread:
+            raise UserError(f"`{unread[0]}` is for sampled reasonings; add `--reasoning sampled`.")
+        if self.reasoning == "sampled" and not self.reasoning_share:
+            raise UserError("`reasoning_share` is 0, so nobody would reason; raise it, or add `--reasoning none`.")
 
 
 class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
     """
-    Pulls the answer state of a user prompt (no reasoning) towards the target's row, away from the batch's other
-    distinct targets; gradient flows to both sides of every score (M8).
+    Pulls the answer state of a user prompt towards the target's row, away from the batch's other distinct targets;
+    gradient flows to both sides of every score (M8). States without reasoning, or, for a share of the users, after the
+    policy's own ([`~r2ec_trl.training.sampled_reasoning.SampledReasoning`]): such a run ends with `reasoning_report`,
+    validation after full reasoning and after none.
 
     Args:
         model ([`~transformers.PreTrainedModel`]), item_dataset, args, train_dataset, eval_dataset, processing_class:
@@ -61,6 +100,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
     """
 
     reasoning = "none"
+    reasoning_report: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -85,7 +125,11 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         if args.per_device_train_batch_size * args.world_size < 2:
             raise UserError("A batch of one user has no negatives; raise `per_device_train_batch_size`.")
         self.prompts = Prompts(processing_class, args.prompt_config(), items)
-        add_answer_state(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if args.reasoning == "sampled":
+            self.reasoning = "full"
+            add_fused_lm_head(base)
+        add_answer_state(base)
         if peft_config is not None:
             model = get_peft_model(model, fit_adapter(peft_config, model))
         switch_dropout_off(model)  # the adapter's as well, as RecPO does
@@ -108,7 +152,9 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
             **kwargs,
         )
         self.guard_training(Telemetry(self.accelerator, self.steps_taken))
-        check_start(self.model, self.prompts, self.table.token_ids, None, trains=True)
+        length = None if args.reasoning == "none" else args.max_completion_length
+        check_start(self.model, self.prompts, self.table.token_ids, length, trains=True)
+        self.sampled = SampledReasoning(self.prompts, args, self.telemetry)
         self.model_accepts_loss_kwargs = False  # the mean over users: let Trainer divide by the accumulation steps
 
     def _encode(self, example: dict[str, Any]) -> dict[str, Any]:
@@ -123,26 +169,56 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """M8 over the distinct targets of the batch, those of other processes included."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], answer_state_only=True)
-        targets = inputs["targets"].tolist()
+        targets, outputs = inputs["targets"].tolist(), None
+        if self.args.reasoning == "sampled":
+            prompt_ids = self._prompt_ids(inputs)
+            with self.frozen_policy() as policy, self.telemetry.timed("generate"):
+                rollouts = self.sampled.roll_out(policy, prompt_ids)
+        else:
+            outputs = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], answer_state_only=True
+            )
         candidates = sorted(set(gather_object(targets)))
         encoder = make_encoder(self.model, self.prompts, self.args.forward_token_budget)
         with self.accelerator.autocast():
             rows = self.table.project(encoder([self.table.token_ids[row] for row in candidates]))  # (C, d)
-        positions = {row: position for position, row in enumerate(candidates)}
-        loss = contrastive_loss(
-            self.table.project(outputs.answer_state),
-            rows,
-            torch.tensor([positions[row] for row in targets], device=rows.device),
-            self.args.item_temperature,
-        )
+        place = {row: position for position, row in enumerate(candidates)}
+        positions = torch.tensor([place[row] for row in targets], device=rows.device)
+        if outputs is None:
+            loss = self.sampled.loss(model, prompt_ids, rollouts, self.table.project, rows, positions)
+        else:
+            loss = contrastive_loss(
+                self.table.project(outputs.answer_state), rows, positions, self.args.item_temperature
+            )
         if self.state.global_step % self.state.logging_steps == 0:
             self._row_cosine = mean_pairwise_cosine(rows.detach()).item()
         self.guard.check_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _prompt_ids(self, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+        lengths = inputs["attention_mask"].sum(dim=1) - len(self.prompts.marker_ids)
+        return [row[:length] for row, length in zip(inputs["input_ids"].tolist(), lengths.tolist(), strict=True)]
+
+    def train(self, *args: Any, **kwargs: Any):
+        """As [`~transformers.Trainer`]'s; after sampled reasonings, validation full and none."""
+        result = super().train(*args, **kwargs)
+        if self.args.reasoning == "sampled" and isinstance(self.eval_dataset, Dataset):
+            users = self.eval_dataset.select(
+                range(min(len(self.eval_dataset), self.args.max_eval_users or sys.maxsize))
+            )
+            none, full = (self.evaluate_frame(users, mode) for mode in ("none", "full"))
+            change = compare_frames(none, full, seed=self.args.seed)
+            shares = {name: summarise_users(full)[name] for name in ("missing_marker", "reasoning_tokens")}
+            self.reasoning_report = {"none_to_full": change, **shares}
+            ndcg = change["unmasked"]["ndcg@10"]
+            figures = {"none": ndcg["before"], "full": ndcg["after"], "full_minus_none": ndcg["difference"], **shares}
+            self.log({f"eval_reasoning/{name}": value for name, value in figures.items()})
+        return result
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As [`~transformers.Trainer`]'s, with the mean pairwise cosine of the batch's rows."""
+        """As [`~transformers.Trainer`]'s, with the mean pairwise cosine of the batch's rows and what was sampled."""
         if "loss" in logs and hasattr(self, "_row_cosine"):
             logs["item/mean_pairwise_cosine"] = self._row_cosine
+            logs.update({name: sum(series) / len(series) for name, series in self.telemetry.series.items() if series})
+            self.telemetry.series.clear()
         super().log(logs, start_time)

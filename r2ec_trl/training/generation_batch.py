@@ -79,3 +79,22 @@ def whole_groups(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [rows[row] for row in order]
 
     return split_tensor_dict({name: dealt([batch[name] for batch in batches]) for name in batches[0]}, len(batches))
+
+
+def without_rows(batch: dict[str, Any], left_out: torch.Tensor) -> dict[str, Any]:
+    """
+    A micro-batch without some of its rows; where nothing would be left, the first stays: a forward needs one.
+
+    >>> without_rows({"a": torch.tensor([1, 2]), "n": torch.tensor(7.0)}, torch.tensor([True, False]))
+    {'a': tensor([2]), 'n': tensor(7.)}
+    """
+    if not left_out.any():
+        return batch
+    kept = (~left_out).nonzero()[:, 0] if not left_out.all() else torch.zeros(1, dtype=torch.long)
+
+    def part(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[kept.to(value.device)] if value.ndim else value
+        return [value[row] for row in kept.tolist()] if isinstance(value, list) else value
+
+    return {name: part(value) for name, value in batch.items()}

@@ -112,6 +112,10 @@ class GreedyEvaluation(_Base):
         self.telemetry.come_to("evaluate")
         figures = summarise_users(self.evaluate_frame(dataset))
         metrics = {f"{metric_key_prefix}_recommendation/{name}": value for name, value in figures.items()}
+        if gains := self.telemetry.train_ndcg:  # of sampled rollouts: what it has over validation is memory, mostly
+            gap = sum(gains) / len(gains) - figures["ndcg@10"]
+            metrics[f"{metric_key_prefix}_recommendation/train_gap"] = gap
+            gains.clear()
         was_training = self.model.training
         self.model.eval()  # TRL's `log` tells training from evaluation figures by it
         self.log(metrics)

@@ -176,7 +176,9 @@ def resolve_policy(model: Any, tokenizer: Any, peft_config: Any, args: Any, more
 def resolve_rewards(reward_funcs: Any, args: Any) -> list[Callable]:
     """Reward functions by name or as they are, each checking its answers; the fused reward where none is given."""
     specs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs or "fused"]
-    loaded = [load_reward(s, args.reward_mix, args.reward_cutoff) if isinstance(s, str) else s for s in specs]
+    names = ("reward_mix", "reward_cutoff", "max_completion_length", "soft_punish_cache")
+    settings = {name: getattr(args, name) for name in names}
+    loaded = [load_reward(s, **settings) if isinstance(s, str) else s for s in specs]
     if args.reward_weights is not None and len(args.reward_weights) != len(loaded):
         raise UserError(f"{len(loaded)} reward functions, but {len(args.reward_weights)} `reward_weights`.")
     if wrong := [func for func in loaded if not callable(func)]:

@@ -59,6 +59,16 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
 
     reward_mix: float = field(default=0.05, metadata={"help": "β of the fused reward: R = β R_c + (1-β) R_d (M3)."})
     reward_cutoff: int = field(default=1000, metadata={"help": "k of NDCG@k and Hit@k in the rewards (M1)."})
+    soft_punish_cache: int = field(
+        default=16, metadata={"help": "Tokens before the limit over which the reward soft_overlong falls to -1."}
+    )
+    min_reward_spread: float = field(
+        default=0.0,
+        metadata={
+            "help": "Skip users whose rollouts' rewards deviate by less than this from each other: no gradient, and "
+            "no forward where a micro-batch has others. Needs loss_type dapo, cispo or vespo, beta 0, entropy_coef 0."
+        },
+    )
     advantage: str = field(
         default="grpo",
         metadata={
@@ -182,6 +192,12 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             raise UserError(
                 f"`advantage='rloo'` with `multi_objective_aggregation={self.multi_objective_aggregation!r}` would "
                 "divide each reward by its standard deviation; leave that flag out."
+            )
+        plain = self.loss_type in ("dapo", "cispo", "vespo") and not self.beta and not self.entropy_coef
+        if self.min_reward_spread and not (plain and not self.use_adaptive_entropy):
+            raise UserError(
+                "`min_reward_spread` leaves rows out, which only `--loss_type dapo`, cispo or vespo without KL and "
+                "entropy terms weigh as before; take those, or leave it at 0."
             )
         if self.slice_table and self.item_negatives == "catalogue":
             raise UserError("`slice_table` leaves no process with the whole catalogue; add `--item_negatives batch`.")

@@ -17,7 +17,7 @@ from r2ec_trl.policy.checks import check_start, switch_dropout_off
 from r2ec_trl.policy.generation import stop_generate_at_marker
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
-from r2ec_trl.training.generation_batch import GenerationBatch, whole_groups
+from r2ec_trl.training.generation_batch import GenerationBatch, whole_groups, without_rows
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.training.guarded import GuardedTraining, stable_rollout_func
 from r2ec_trl.training.inputs import (
@@ -248,10 +248,20 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             scored = (~self.batch.rewards.isnan().all(dim=1)).view(-1, self.num_generations).sum(dim=1)
             factor = rloo_factor(scored).repeat_interleave(self.num_generations)
             output["advantages"] = output["advantages"] * factor[own].to(output["advantages"])
+        quiet = self.quiet_groups().repeat_interleave(self.num_generations)[own]
+        self.telemetry.add(**{"rollout/no_signal": quiet.float().mean().item()})
+        output["quiet"] = quiet
+        output["advantages"] = output["advantages"].masked_fill(quiet.to(output["advantages"].device), 0.0)
         advantages = self.accelerator.gather(output["advantages"])  # a group can straddle processes
         eligible = torch.tensor([not self._is_masked(r) for r in self.batch.rollouts], device=advantages.device)
         output["group"] = torch.arange(own.start, own.stop, device=advantages.device) // self.num_generations
         return output | self.item_term.prepare(self.batch, advantages, self.accelerator.gather(eligible), own)
+
+    def quiet_groups(self) -> torch.Tensor:
+        """Whether the rewards of each group deviate by less than `min_reward_spread`, `(users of the batch,)`."""
+        weights = self.reward_weights.to(self.batch.rewards.device)
+        rewards = (self.batch.rewards * weights).nansum(dim=1).view(-1, self.num_generations)
+        return rewards.std(dim=1, unbiased=False) < self.args.min_reward_spread
 
     def _prepare_inputs(self, inputs):
         buffered = self._buffered_inputs
@@ -264,6 +274,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
 
     # -------------------------------------------------------------------- loss
     def _compute_loss(self, model, inputs):
+        inputs = without_rows(inputs, inputs["quiet"])
         states: list[torch.Tensor] = []
 
         def keep_states(**model_inputs):

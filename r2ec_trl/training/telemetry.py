@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from r2ec_trl.items.scoring import CatalogueScores
 from r2ec_trl.items.table import ItemTable
+from r2ec_trl.metrics import ndcg_at_k
 from r2ec_trl.policy.rollouts import Rollout
 from r2ec_trl.training.objective import mean_pairwise_cosine
 from r2ec_trl.training.process_watch import ProcessWatch
@@ -56,6 +57,7 @@ class Telemetry(TrainerCallback):
         self.phase = "train"
         self.watch: ProcessWatch | None = None
         self.last_rollouts: list[dict[str, Any]] = []
+        self.train_ndcg: list[float] = []  # of generation batches since the last evaluation
         self._seconds: dict[str, float] = defaultdict(float)  # of the step's parts so far
         self._normed_step: int | None = None
 
@@ -153,7 +155,10 @@ class Telemetry(TrainerCallback):
         """
         ranks = self.accelerator.gather(scores.rank.float())
         hits = (ranks <= 10).float().mean().item()
+        gain = float(ndcg_at_k(ranks.long().cpu().numpy(), 10).mean())
+        self.train_ndcg.append(gain)
         self.add(**{"recommendation/hit@10": hits, "recommendation/mean_log_rank": ranks.log().mean().item()})
+        self.add(**{"recommendation/ndcg@10": gain})
         first = {row["user_id"]: at for at, row in reversed(list(enumerate(rows)))}  # one rollout a user
         self.last_rollouts = [
             {

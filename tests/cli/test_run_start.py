@@ -17,6 +17,8 @@ from r2ec_trl.errors import UserError
         (["--early_stopping_patience", "0"], "`early_stopping_patience` is 0"),
         (["--max_seconds", "nan"], "`max_seconds` is nan"),
         (["--max_seconds", "inf"], "`max_seconds` is inf"),
+        (["--user_share", "0.5"], "`user_share` is '0.5'"),
+        (["--user_share", "0.5:0.2"], "`user_share` is '0.5:0.2'"),
         (["--shown_rollouts", "-1"], "`shown_rollouts` is -1"),
         (["--no_history_share", "1.5"], "`no_history_share` is 1.5"),
         (["--early_stopping_patience", "2"], "add --eval_strategy steps"),
@@ -77,3 +79,18 @@ def test_patience_counts_evaluations():
     ]
     assert found.early_stopping_patience == 3
     assert not [one for one in callbacks_of(RunArguments()) if isinstance(one, EarlyStoppingCallback)]
+
+
+def test_users_are_shared_out(shop):
+    """Each user's rows go one way, the same in both recipes, and nobody's go both ways."""
+    rows = {share: rows_to_train(RunArguments(user_share=share), None, shop) for share in ("0:1", "0:0.5", "0.5:1")}
+    one, other = (set(rows[share]["user_id"]) for share in ("0:0.5", "0.5:1"))
+    assert (
+        one
+        and other
+        and not one & other
+        and one | other == set(rows["0:1"]["user_id"]) == set(shop["train"]["user_id"])
+    )
+    assert len(rows["0:0.5"]) + len(rows["0.5:1"]) == len(shop["train"])
+    with pytest.raises(UserError, match="leaves no train row"):
+        rows_to_train(RunArguments(user_share="0:1e-9"), None, shop)

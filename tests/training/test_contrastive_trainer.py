@@ -8,40 +8,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.training.contrastive_trainer import ContrastiveConfig, ContrastiveTrainer
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-
-
-@pytest.fixture
-def make_contrastive(tiny_model, shop, chat_tokenizer, tmp_path):
-    def make(family="llama", peft=True, train=None, callbacks=None, dropout=0.0, **settings):
-        quick = {
-            "per_device_train_batch_size": 8,
-            "max_steps": 1,
-            "max_grad_norm": 0.0,
-            "item_temperature": 0.1,
-            "user_template": "{history}",
-            "item_template": "{fields}",
-            "item_fields": ["title"],
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return ContrastiveTrainer(
-            tiny_model(family),
-            shop["items"],
-            ContrastiveConfig(output_dir=str(tmp_path), **{**quick, **settings}),
-            train if train is not None else shop["train"],
-            shop["validation"],
-            chat_tokenizer,
-            peft_config=LoraConfig(lora_dropout=dropout, **LORA) if peft else None,
-            callbacks=callbacks,
-        )
-
-    return make
 
 
 class Gradients(TrainerCallback):
@@ -139,3 +107,31 @@ def test_fewer_users_than_a_batch_is_an_error(make_contrastive, shop):
         make_contrastive(per_device_train_batch_size=1)
     with pytest.raises(UserError, match="'i99' is not in the catalogue"):
         make_contrastive(train=shop["train"].from_list([{**shop["train"][0], "target": "i99"}] * 8))
+
+
+def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_contrastive):
+    trainer = make_contrastive(reasoning="sampled", max_completion_length=4, max_eval_users=6, stop_coef=0.5)
+    trainer.train()
+    log, report = trainer.state.log_history[0], trainer.reasoning_report
+    assert log["loss"] == pytest.approx(log["loss/item"] + 0.5 * log["loss/stop"], abs=1e-4)
+    assert 0 < log["rollout/mean_length"] <= 4 and log["rollout/missing_marker"] == 1
+    assert report["none_to_full"]["rows"] == 6 and report["missing_marker"] == 1
+    last = trainer.state.log_history[-1]
+    ndcg = report["none_to_full"]["unmasked"]["ndcg@10"]
+    assert last["eval_reasoning/full_minus_none"] == pytest.approx(ndcg["after"] - ndcg["before"])
+    assert trainer.evaluate()["eval_recommendation/reasoning_tokens"] > 0
+    assert make_contrastive().reasoning_report is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"reasoning": "some"}, "give none or sampled"),
+        ({"stop_coef": 1.0}, "add `--reasoning sampled`"),
+        ({"min_reward_spread": 0.1}, "add `--reasoning sampled`"),
+        ({"reasoning": "sampled", "reasoning_share": 0.0}, "nobody would reason"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(make_contrastive, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_contrastive(**settings)

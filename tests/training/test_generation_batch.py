@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r2ec_trl.policy.rollouts import Rollout
-from r2ec_trl.training.generation_batch import GenerationBatch
+from r2ec_trl.training.generation_batch import GenerationBatch, without_rows
 
 
 def test_sequences_and_positions_follow_from_the_fields():
@@ -20,3 +20,11 @@ def test_sequences_and_positions_follow_from_the_fields():
     assert batch.positions.tolist() == [2, 0, 2]
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.candidates = [1]
+
+
+def test_rows_left_out_leave_one():
+    batch = {"a": torch.tensor([[1], [2]]), "b": ["x", "y"], "n": torch.tensor(3.0), "none": None}
+    assert without_rows(batch, torch.tensor([False, False])) is batch
+    left = without_rows(batch, torch.tensor([True, False]))
+    assert (left["a"].tolist(), left["b"], left["n"].item(), left["none"]) == ([[2]], ["y"], 3.0, None)
+    assert without_rows(batch, torch.tensor([True, True]))["b"] == ["x"]

@@ -20,3 +20,13 @@ def test_figures_are_those_of_the_first_users_alone(make_trainer, shop):
 def test_nobody_to_evaluate_is_one_sentence(make_trainer, shop):
     with pytest.raises(UserError, match="has no users"):
         make_trainer().evaluate(shop["validation"].select([]))
+
+
+def test_the_gap_between_training_and_validation_is_logged_once_a_while(make_trainer):
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1, max_eval_users=4)
+    trainer.train()
+    logs = trainer.state.log_history
+    gains = [log["recommendation/ndcg@10"] for log in logs if "recommendation/ndcg@10" in log]
+    for gain, log in zip(gains, [log for log in logs if "eval_recommendation/ndcg@10" in log], strict=True):
+        assert log["eval_recommendation/train_gap"] == pytest.approx(gain - log["eval_recommendation/ndcg@10"])
+    assert "eval_recommendation/train_gap" not in trainer.evaluate()

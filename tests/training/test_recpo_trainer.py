@@ -34,6 +34,36 @@ def total(steps) -> dict:
     return {name: sum(step.gradient[name] for step in steps) for name in steps[0].gradient}
 
 
+def test_users_without_signal_are_skipped(make_trainer, replay, sample):
+    """
+    `min_reward_spread` between the groups' deviations: the quiet ones get no forward, and the gradient is that of the
+    same advantages with every row in it.
+    """
+    ends = {"reward": odd_reward, "item_coef": 2.0, "item_temperature": 0.2, "max_steps": 1}
+    ends |= {"per_device_train_batch_size": 16}
+    replay(sample)
+    plain = make_trainer(**ends)
+    record(plain)
+    groups = plain.batch.rewards.view(-1, SIZE).std(dim=1, unbiased=False)
+    middle = groups.sort().values[1:3].mean().item()
+    results = []
+    for drops in (True, False):
+        replay(sample)
+        trainer = make_trainer(min_reward_spread=middle, **ends)
+        if not drops:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("r2ec_trl.training.recpo_trainer.without_rows", lambda inputs, left_out: inputs)
+                results.append(record(trainer).steps)
+        else:
+            results.append(record(trainer).steps)
+        assert trainer.state.log_history[0]["rollout/no_signal"] == 0.5
+    gradients = [total(steps) for steps in results]
+    difference, norm = distance(*gradients)
+    assert norm > 0.1 and difference < 2e-5 * norm
+    with pytest.raises(UserError, match="only `--loss_type dapo`"):
+        make_trainer(min_reward_spread=0.1, loss_type="grpo")
+
+
 # ------------------------------------------------------------------------------------------------------ every split
 @pytest.mark.parametrize("options", [{}, {"mask_truncated_completions": True, "peft": False, "item_credit": "2"}])
 def test_loss_and_gradient_do_not_depend_on_the_micro_batch(make_trainer, replay, sample, options):
