@@ -3,37 +3,46 @@ Evaluate a bundle, or a model or adapter, on a dataset folder: greedy reasoning,
 
     accelerate launch recipes/evaluate.py --bundle outputs/demo/bundle --dataset outputs/demo/demo_dataset
     accelerate launch recipes/evaluate.py --dataset DATASET_FOLDER --model_name_or_path MODEL --adapter ADAPTER
-    accelerate launch recipes/evaluate.py ... --reasoning full none truncated other     # does the reasoning help?
+    accelerate launch recipes/evaluate.py ... --reasoning full none first:8 other best:8
+    accelerate launch recipes/evaluate.py ... --audit true                             # does the reasoning help?
     python recipes/evaluate.py ... --engine vllm                                      # reasonings at vLLM's speed
 
 Prints Hit / NDCG / MRR @5/10/20 with and without the history mask and 95 % bootstrap intervals, popularity and
 item-to-item counts beside them; the same by cold targets, length of the history and popularity of the target, and for
 users whose purchases are all left out; coverage, Gini and popularity of what is recommended. Writes `metrics.json` and
-`ranks.parquet` with the protocol inside, one folder a reasoning mode. `recipes/compare.py` compares such folders user
+`ranks.parquet` with the protocol inside, one folder a reasoning mode; with `--audit` one table over the modes,
+`reasoning_audit.json` and a picture of NDCG@10 against tokens. `recipes/compare.py` compares such folders user
 by user. Several processes share out the users. Hardware: whatever the model runs on; the demo's 500 users take seconds
 on a CPU.
 """
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from rich import get_console
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of, load_bundle, make_bundle
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.reasoning_audit import audit_table, draw_audit
 from r2ec_trl.cli.run_end import write_evaluation
 from r2ec_trl.cli.run_start import check_writable, first_rows
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import protocol
+from r2ec_trl.evaluation.reasoning_audit import COUNTED_MODES, audit_modes, audit_reasoning, split_mode
+from r2ec_trl.evaluation.report import MASKS, differences, finite, protocol, read_ranks
+from r2ec_trl.evaluation.sampling import most_likely, sample_users
 from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows, without_histories
+from r2ec_trl.files import write_json, write_with
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 
@@ -48,25 +57,88 @@ class EvaluateArguments(BundleArguments):
     )
     reasoning: list[str] = field(
         default_factory=list,
-        metadata={"help": f"One or more of {', '.join(REASONING_MODES)}; by default the bundle's own, or full."},
+        metadata={
+            "help": f"One or more of {', '.join(REASONING_MODES)}, first:N ({COUNTED_MODES['first']}), best:N "
+            f"({COUNTED_MODES['best']}); by default the bundle's own, or full."
+        },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of whose reasoning is swapped."})
+    audit: bool = field(
+        default=False,
+        metadata={"help": "One table and picture over all modes: those of --reasoning, or a sweep of lengths."},
+    )
+    beside: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of other evaluations of the same rows, shown in the audit."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the bootstrap, of whose reasoning is swapped and of sampling (best:N)."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for mode in self.reasoning:
-            if mode not in REASONING_MODES:
-                raise UserError(f"`reasoning` is {mode!r}; give one or more of {', '.join(REASONING_MODES)}.")
+            split_mode(mode)
+        if self.beside and not self.audit:
+            raise UserError("--beside is shown in the audit; add --audit true, or use recipes/compare.py.")
 
 
-def reasonings(args: EvaluateArguments, bundle: Bundle, users: Dataset, accelerator: Accelerator) -> list[Rollout]:
-    """Greedy reasonings of all users, by the engine that is named; each process writes those of its own."""
-    prompt_ids = [bundle.prompts.user_ids(user) for user in own_rows(users, accelerator)]
-    reasoner = bundle.reasoner(engine_of(args, bundle))
-    with bundle.precision():
-        mine = reasoner(prompt_ids, bundle.meta.protocol.max_completion_length)
-    every: list[list[Rollout]] = gather_object([mine])
-    return [every[row % len(every)][row // len(every)] for row in range(len(users))]
+class Modes:
+    """
+    Ranks under each way to reason, and the seconds a user that they take. A greedy reasoning is written once for all
+    modes that use it.
+    """
+
+    def __init__(self, args: EvaluateArguments, bundle: Bundle, users: Dataset, accelerator: Accelerator):
+        self.bundle, self.users, self.accelerator, self.seed = bundle, users, accelerator, args.seed
+        self.mine = own_rows(users, accelerator)
+        self.reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
+        self.reasoner = bundle.reasoner(engine_of(args, bundle))
+        self.written: dict[int, tuple[list[Rollout], float]] = {}  # by length limit
+        self.samples: dict[str, pl.DataFrame] = {}
+
+    def greedy(self, limit: int) -> tuple[list[Rollout], float]:
+        """Greedy reasonings of all users, each process's own gathered, and the seconds they took."""
+        if limit not in self.written:
+            start = time.perf_counter()
+            prompt_ids = [self.bundle.prompts.user_ids(user) for user in self.mine]
+            with torch.no_grad(), self.bundle.precision():
+                mine = self.reasoner(prompt_ids, limit)
+            every: list[list[Rollout]] = gather_object([mine])
+            rollouts = [every[row % len(every)][row // len(every)] for row in range(len(self.users))]
+            self.written[limit] = rollouts, time.perf_counter() - start
+        return self.written[limit]
+
+    def __call__(self, mode: str) -> tuple[pl.DataFrame, float]:
+        """One row a user in order, and seconds a user."""
+        name, number = split_mode(mode)
+        before, start, count = 0.0, time.perf_counter(), len(self.users)
+        if name == "best":
+            frame = self._best(mode, number)
+        else:
+            limit = self.bundle.meta.protocol.max_completion_length
+            rollouts = [self.reader.finish([], end_ids=[])] * count
+            if name != "none":
+                rollouts, before = self.greedy(min(number or limit, limit))
+                start = time.perf_counter()
+            rollouts = alter_reasoning(rollouts, self.reader, "full" if name == "first" else name, self.seed)
+            own = rollouts[self.accelerator.process_index :: self.accelerator.num_processes] or rollouts[:1]
+            frame = gather_rows(self.bundle.evaluate(self.mine, "full", own), count)
+        return frame, (before + time.perf_counter() - start) / count
+
+    def _best(self, mode: str, number: int) -> pl.DataFrame:
+        protocol, parts = self.bundle.meta.protocol, (self.bundle.model, self.bundle.prompts, self.bundle.table)
+        with self.bundle.precision():
+            frame, _ = sample_users(
+                *parts,
+                self.mine,
+                number,
+                protocol.max_completion_length,
+                protocol.item_temperature,
+                protocol.forward_token_budget,
+                seed=self.seed + self.accelerator.process_index,
+            )
+        ranks = frame.group_by("row", maintain_order=True).agg(*MASKS.values())
+        self.samples[mode] = gather_rows(ranks, len(self.users))
+        return gather_rows(frame[most_likely(frame)].drop("row", "completion_ids"), len(self.users))
 
 
 def card_of_changed_catalogue(card: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
@@ -99,20 +171,39 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
     if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)
-    reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
-    modes = args.reasoning or [bundle.meta.protocol.reasoning]
-    with torch.no_grad():
-        known = [] if set(modes) == {"none"} else reasonings(args, bundle, users, accelerator)
-    for mode in modes:
-        rollouts = alter_reasoning(known or [reader.finish([], end_ids=[])] * len(users), reader, mode, args.seed)
-        own = rollouts[accelerator.process_index :: accelerator.num_processes] or rollouts[:1]
-        frame = gather_rows(bundle.evaluate(own_rows(users, accelerator), "full", own), len(users))
+    wanted = args.reasoning or ([] if not args.audit else audit_modes(bundle.meta.protocol.max_completion_length))
+    wanted = wanted or [bundle.meta.protocol.reasoning]
+    names = {"bundle": args.bundle, "adapter": policy_args.adapter, "engine": args.engine}
+    settings = {**bundle.settings(), **names}
+    facts = protocol(card, settings, args.seed, args.split)
+    beside = {Path(folder).name: _beside(folder, facts, users) for folder in args.beside}
+    modes, frames, seconds = Modes(args, bundle, users, accelerator), {}, {}
+    for mode in wanted:
+        frame, seconds[mode] = modes(mode)
+        frames[mode] = frame
         if accelerator.is_main_process:
-            folder = Path(args.output_dir) if len(modes) == 1 else Path(args.output_dir) / mode
-            names = {"bundle": args.bundle, "adapter": policy_args.adapter, "engine": args.engine}
-            facts = protocol(card, {**bundle.settings(), **names, "reasoning": mode}, args.seed, args.split)
+            folder = Path(args.output_dir) if len(wanted) == 1 else Path(args.output_dir) / mode.replace(":", "_")
+            own = {**facts, "settings": {**facts["settings"], "reasoning": mode}}
             alone = bundle.evaluate(without_histories(users), mode) if mode in ("full", "none") else None
-            write_evaluation(folder, frame, dataset, card, users, facts, alone)
+            write_evaluation(folder, frame, dataset, card, users, own, alone)
+    if args.audit and accelerator.is_main_process:
+        found = audit_reasoning(frames, seconds, modes.samples, beside, args.seed)
+        write_json(Path(args.output_dir) / "reasoning_audit.json", finite({"protocol": facts, "modes": found}))
+        for mask in MASKS:
+            get_console().print(audit_table(found, mask))
+        picture = draw_audit(found)
+        write_with(
+            Path(args.output_dir) / "reasoning_audit.png", lambda path: picture.savefig(path, dpi=110, format="png")
+        )
+
+
+def _beside(folder: str, facts: dict[str, Any], users: Dataset) -> pl.DataFrame:
+    """The ranks of another evaluation; [`UserError`] where it is not of these rows."""
+    frame, theirs = read_ranks(folder)
+    differences(facts, theirs)
+    if frame["user_id"].to_list() != users["user_id"][:] or frame["target"].to_list() != users["target"][:]:
+        raise UserError(f"--beside {folder} is of other rows; evaluate it with the same --max_eval_users.")
+    return frame
 
 
 if __name__ == "__main__":

@@ -334,11 +334,12 @@ def changing(own):
 def launch():
     """`launch("recpo", *words, out=folder, patch={})` runs a recipe in this process, some of its names replaced."""
 
-    def call(recipe, *words, out, patch=None):
+    def call(recipe, *words, out=None, patch=None):
         main = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / f"{recipe}.py"))["main"]
         main.__globals__.update(patch or {})
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--output_dir", str(out), *map(str, words)])
+            output = [] if out is None else ["--output_dir", str(out)]
+            monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *output, *map(str, words)])
             main()
 
     return call

@@ -20,7 +20,9 @@ from r2ec_trl.cli.bundle_choice import BundleArguments, make_bundle
 from r2ec_trl.cli.parsing import parse
 from r2ec_trl.cli.run_start import RunArguments
 from r2ec_trl.data.schema import load_dataset_card, load_dataset_folder
+from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.report import read_ranks
+from r2ec_trl.metrics import ndcg_at_k
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
@@ -42,6 +44,8 @@ FLAGS = {
     **dict.fromkeys(["device", "trust_remote_code"], (HERE, "test_what_a_bundle_is_loaded_with")),
     "bf16": (HERE, "test_scoring_flags"),
     "engine": ("vllm_backend/test_engine.py", ""),
+    **dict.fromkeys(["audit", "beside"], (HERE, "test_reasoning_audit_recipe")),
+    **dict.fromkeys(["rollouts", "num_generations", "temperature"], (HERE, "test_try_reward_recipe")),
     **dict.fromkeys(["before", "after", "cutoffs", "output"], ("test_compare.py", "test_two_folders")),
     **dict.fromkeys(["reward_mix", "reward_cutoff"], ("test_rewards.py", "")),
     **dict.fromkeys(["advantage", "item_coef", "item_negatives", "item_credit"], ("training/test_objective.py", "")),
@@ -98,7 +102,7 @@ def test_every_flag_of_ours_has_a_test():
     evaluate, compare = recipe_of("evaluate")["EvaluateArguments"], recipe_of("compare")["CompareArguments"]
     ours = flags_of(RunArguments, recipe_of("recpo")["RecPOScriptArguments"], evaluate, compare)
     ours |= flags_of(RecPOConfig, without=[GRPOConfig]) | flags_of(ContrastiveConfig, without=[TrainingArguments])
-    ours |= flags_of(PolicyArguments, without=[ModelConfig])
+    ours |= flags_of(PolicyArguments, without=[ModelConfig]) | flags_of(recipe_of("try_reward")["TrialArguments"])
     named = {**dict.fromkeys(PROMPT_FLAGS, (HERE, "test_prompt_flags")), **FLAGS}
     named = {**dict.fromkeys(SCORING_FLAGS, (HERE, "test_scoring_flags")), **named}
     assert ours == ours & set(named), f"no test in which they change something: {sorted(ours - set(named))}"
@@ -319,3 +323,64 @@ def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):
     assert set(metrics["beyond_accuracy"]) == {"model", "popularity", "item_to_item"}
     assert metrics["no_history"]["rows"] == 10 and set(metrics["no_history"]) == {"rows", "model", "popularity"}
     assert metrics["no_history"]["popularity"]["ndcg@10"] == metrics["unmasked"]["popularity"]["ndcg@10"]
+
+
+def test_reasoning_audit_recipe(launch, written, shop, shop_folder, tmp_path, capsys):
+    """`audit` writes one table over the modes, `beside` another evaluation's line; first:N is the greedy prefix."""
+    words = ["--bundle", written, "--dataset", shop_folder]
+    launch("evaluate", *words, "--reasoning", "none", "--seed", 3, out=tmp_path / "plain")
+    assert not (tmp_path / "plain" / "reasoning_audit.json").exists()
+    launch("evaluate", *words, "--audit", "true", "--beside", tmp_path / "plain", out=tmp_path / "audit")
+    text = capsys.readouterr().out
+    assert text.count("Does the reasoning help?") == 2
+    found = json.loads((tmp_path / "audit" / "reasoning_audit.json").read_text())
+    assert list(found["modes"]) == ["none", "first:4", "full", "other", "best:8", "plain"]
+    assert (tmp_path / "audit" / "reasoning_audit.png").read_bytes().startswith(b"\x89PNG")
+    frames = {mode: read_ranks(tmp_path / "audit" / mode.replace(":", "_")) for mode in list(found["modes"])[:-1]}
+    for mode, (frame, protocol) in frames.items():
+        assert frame["user_id"].to_list() == shop["test"]["user_id"][:] and protocol["settings"]["reasoning"] == mode
+        value = ndcg_at_k(frame["rank"].to_numpy(), 10).mean()
+        assert (
+            found["modes"][mode]["unmasked"]["value"] == pytest.approx(value) and found["modes"][mode]["seconds"] > 0
+        )
+    full, first = (frames[mode][0]["reasoning"] for mode in ("full", "first:4"))
+    assert all(one.startswith(two.removesuffix("<answer>")) for one, two in zip(full, first, strict=True))
+    plain = found["modes"]["plain"]
+    assert plain["seconds"] is None and plain["unmasked"]["value"] == found["modes"]["none"]["unmasked"]["value"]
+    with pytest.raises(UserError, match="is of other rows"):
+        launch(
+            "evaluate", *words, "--audit", "true", "--beside", tmp_path / "plain", "--max_eval_users", 3, out=tmp_path
+        )
+    with pytest.raises(UserError, match="--beside is shown in the audit"):
+        launch("evaluate", *words, "--beside", tmp_path / "plain", out=tmp_path)
+
+
+def test_try_reward_recipe(launch, written, shop, shop_folder, tmp_path, capsys):
+    """
+    The first call writes `rollouts` of `max_eval_users` · `num_generations`, the next needs no bundle; the figures of
+    `output` are those of the rewards that are named; `temperature` near 0 is greedy: no group carries a signal.
+    """
+    (tmp_path / "my.py").write_text("def words(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    kept, out = tmp_path / "r.parquet", tmp_path / "trial.json"
+    words = ["--bundle", written, "--dataset", shop_folder, "--max_eval_users", 3, "--num_generations", 4]
+    launch("try_reward", *words, "--rollouts", kept)
+    frame = pl.read_parquet(kept)
+    assert frame["user_id"].to_list() == [name for name in shop["validation"]["user_id"][:3] for _ in range(4)]
+    names = ["fused", "hit", f"{tmp_path / 'my.py'}:words"]
+    launch("try_reward", "--rollouts", kept, "--reward_funcs", *names, "--reward_cutoff", 1, "--output", out)
+    found = json.loads(out.read_text())
+    assert found["protocol"]["split"] == "validation" and list(found["rewards"]) == names
+    assert found["rewards"]["hit"]["mean"] == pytest.approx(float((frame["rank"] == 1).mean()))
+    assert found["rewards"][names[2]]["without_signal"] == 1 and "would push" in capsys.readouterr().out
+    fused = found["rewards"]["fused"]["mean"]
+    launch("try_reward", "--rollouts", kept, "--reward_mix", 1, "--output", out)
+    again = json.loads(out.read_text())["rewards"]["fused"]["mean"]
+    assert again != fused and again == pytest.approx(float(frame["target_prob"].mean()))
+    for words_, word in ((words, "is there already"), ([], "is not there; name a --bundle")):
+        with pytest.raises(UserError, match=word):
+            launch("try_reward", *words_, "--rollouts", kept if words_ else tmp_path / "no.parquet")
+    more = ["--split", "test", "--temperature", "1e-4", "--seed", 1, "--rollouts", tmp_path / "cold.parquet"]
+    launch("try_reward", *words, *more, "--output", out)
+    cold = json.loads(out.read_text())
+    assert cold["rewards"]["fused"]["without_signal"] == 1 and cold["protocol"]["split"] == "test"
+    assert cold["protocol"]["seed"] == 1

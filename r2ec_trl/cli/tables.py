@@ -21,7 +21,7 @@ def report_table(report: Mapping[str, Any]) -> Table:
         table.add_column(system.replace("_", " "), justify="right")
     for mask in MASKS:
         for number, metric in enumerate(report[mask]["model"]):
-            cells = [_figure(report[mask][system][metric]) for system in systems]
+            cells = [figure_cell(report[mask][system][metric]) for system in systems]
             table.add_row("" if number else mask, _metric_name(metric), *cells)
         table.add_section()
     return table
@@ -43,10 +43,12 @@ def run_table(result: Mapping[str, Any]) -> Table:
     lines = [(name, result["after"], name) for name in result["after"]["unmasked"] if name != "model"]
     lines += [("before", result["before"], "model")] if "before" in result else []
     for name, report, system in [*lines, ("after", result["after"], "model")]:
-        table.add_row(name.replace("_", " "), *[_figure(report[mask][system][metric], 3) for mask, metric in columns])
+        table.add_row(
+            name.replace("_", " "), *[figure_cell(report[mask][system][metric], 3) for mask, metric in columns]
+        )
     if "difference" in result:
         table.add_section()
-        changes = [_difference(result["difference"][mask][metric], 3) for mask, metric in columns]
+        changes = [difference_cell(result["difference"][mask][metric], 3) for mask, metric in columns]
         table.add_row("after - before", *changes)
     return table
 
@@ -67,7 +69,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
                 _metric_name(metric),
                 f"{figure['before']:.4f}",
                 f"{figure['after']:.4f}",
-                _difference(figure),
+                difference_cell(figure),
             )
         table.add_section()
     return table
@@ -85,12 +87,12 @@ def slice_table(report: Mapping[str, Any]) -> Table:
         for name, buckets in report["slices"].items():
             for bucket, figures in buckets.items():
                 if mask in figures:
-                    cells = [_figure(figures[mask][system]["ndcg@10"]) for system in systems]
+                    cells = [figure_cell(figures[mask][system]["ndcg@10"]) for system in systems]
                     table.add_row(f"{name}, {mask}", bucket, f"{figures['rows']:,}", *cells)
         table.add_section()
     if "no_history" in report:
         found = report["no_history"]
-        cells = [_figure(found[system]["ndcg@10"]) if system in found else "" for system in systems]
+        cells = [figure_cell(found[system]["ndcg@10"]) if system in found else "" for system in systems]
         table.add_row("purchases left out", "all", f"{found['rows']:,}", *cells)
     return table
 
@@ -116,11 +118,13 @@ def _metric_name(metric: str) -> str:
     return f"{_METRIC_NAMES.get(name, name)}@{cutoff}"
 
 
-def _figure(figure: Mapping[str, float], digits: int = 4) -> str:
+def figure_cell(figure: Mapping[str, float], digits: int = 4) -> str:
+    """`value [low, high]`."""
     return f"{figure['value']:.{digits}f} [dim]\\[{figure['low']:.{digits}f}, {figure['high']:.{digits}f}][/dim]"
 
 
-def _difference(figure: Mapping[str, float], digits: int = 4) -> str:
+def difference_cell(figure: Mapping[str, float], digits: int = 4) -> str:
+    """`difference [low, high]`, bold where the interval excludes 0."""
     low, high = f"{figure['low']:+.{digits}f}", f"{figure['high']:+.{digits}f}"
     text = f"{figure['difference']:+.{digits}f} [dim]\\[{low}, {high}][/dim]"
     return f"[bold]{text}[/bold]" if figure["low"] > 0 or figure["high"] < 0 else text

@@ -1,0 +1,147 @@
+"""G sampled reasonings a user with their ranks: what a reward is tried on, and what "best of G" chooses from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from r2ec_trl.items.encoding import make_encoder
+from r2ec_trl.items.scoring import exclusion_matrix
+from r2ec_trl.items.table import ItemTable
+from r2ec_trl.policy.answer_state import pad_right
+from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.policy.generation import generate_reasoning
+from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.rollouts import MarkerReader, Rollout
+from r2ec_trl.progress import track
+
+NUM_TOP_ITEMS = 10
+LIKELIHOOD_SHARE = 8  # of the token budget: a forward of theirs holds logits of the whole vocabulary
+
+
+@torch.no_grad()
+def sample_reasonings(
+    model: PreTrainedModel,
+    reader: MarkerReader,
+    prompt_ids: Sequence[Sequence[int]],
+    num_samples: int,
+    max_new_tokens: int,
+    token_budget: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Rollout]:
+    """
+    `num_samples` reasonings a prompt, prompt after prompt, drawn as training draws them: the whole vocabulary, T = 1
+    by default. The random state of the caller is left as it was.
+    """
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    repeated = [ids for ids in prompt_ids for _ in range(num_samples)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return generate_reasoning(
+            model, reader, repeated, max_new_tokens, batch_tokens=2 * token_budget, sampling=sampling
+        )
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: torch.nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    rollouts: Sequence[Rollout],
+    pad_token_id: int,
+    token_budget: int,
+) -> list[float]:
+    """Log-probability (nats) of the tokens that the policy wrote, one sum a rollout; appended markers do not count."""
+    sequences = [[*prompt, *rollout.ids] for prompt, rollout in zip(prompt_ids, rollouts, strict=True)]
+    found = [0.0] * len(sequences)
+    batches = length_sorted_batches([len(ids) for ids in sequences], max(1, token_budget // LIKELIHOOD_SHARE))
+    for batch in track(batches, "likelihoods"):
+        input_ids, mask = pad_right([sequences[i] for i in batch], pad_token_id, next(model.parameters()).device)
+        logits = model(input_ids=input_ids, attention_mask=mask).logits  # (rows, length, V)
+        for row, i in enumerate(batch):
+            start, written = len(prompt_ids[i]), sum(rollouts[i].trained)
+            scores = logits[row, start - 1 : start - 1 + written].float().log_softmax(-1)
+            found[i] = scores.gather(1, input_ids[row, start : start + written, None]).sum().item()
+    return found
+
+
+@torch.no_grad()
+def sample_users(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    table: ItemTable,
+    users: Dataset,
+    num_samples: int,
+    max_new_tokens: int,
+    item_temperature: float,
+    token_budget: int = 16_384,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> tuple[pl.DataFrame, list[Rollout]]:
+    """
+    Rank every user's target in the whole catalogue after each of G sampled reasonings.
+
+    Args:
+        model, prompts, table:
+            The policy, its prompt maker and the item table encoded with it.
+        users ([`~datasets.Dataset`]):
+            Rows of `user_id`, `history`, `target` and what the prompts use.
+        num_samples (`int`):
+            G.
+        max_new_tokens (`int`), item_temperature (`float`), token_budget (`int`):
+            Longest reasoning, τ, and tokens of a forward.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the sampling.
+
+    Returns:
+        `polars.DataFrame` of users · G rows, user after user, and the rollouts. Columns: those of
+        [`~r2ec_trl.evaluation.users.evaluate_users`], and `row` (the user's number), `target_prob` (M2),
+        `target_score`, `log_likelihood` (of the reasoning, nats), `completion` (the text as the policy wrote it, as
+        rewards see it) and `completion_ids`.
+    """
+    reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
+    user_ids = [prompts.user_ids(user) for user in users]
+    rollouts = sample_reasonings(model, reader, user_ids, num_samples, max_new_tokens, token_budget, temperature, seed)
+    row = np.repeat(np.arange(len(users)), num_samples)
+    prompt_ids = [user_ids[i] for i in row]
+    sequences = [[*prompt, *rollout.ids] for prompt, rollout in zip(prompt_ids, rollouts, strict=True)]
+    lengths = [len(prompt) for prompt in prompt_ids]
+    states = table.project(make_encoder(model, prompts, token_budget)(sequences, prompt_lengths=lengths))
+    states = states.to(table.device)
+    targets = torch.tensor([table.index[target] for target in users["target"][:]], device=table.device)[row]
+    histories = [table.row_indices(history) for history in users["history"][:]]
+    excluded = exclusion_matrix([histories[i] for i in row], table.device)
+    scores = table.rank(states, targets, temperature=item_temperature)
+    masked = table.rank(states, targets, temperature=item_temperature, excluded=excluded, keep_target=False)
+    _, best = table.best(states, NUM_TOP_ITEMS)
+    decode = prompts.tokenizer.batch_decode
+    columns: dict[str, Any] = {
+        "row": row,
+        "user_id": [users["user_id"][i] for i in row],
+        "target": [users["target"][i] for i in row],
+        "rank": scores.rank.tolist(),
+        "rank_masked": masked.rank.tolist(),
+        "logprob": scores.logprob.tolist(),
+        "reasoning": decode([rollout.ids for rollout in rollouts], skip_special_tokens=True),
+        "reasoning_tokens": [sum(rollout.trained) for rollout in rollouts],
+        "has_marker": [rollout.has_marker for rollout in rollouts],
+        "top_item_ids": [[table.item_ids[item] for item in items] for items in best.tolist()],
+        "target_prob": scores.logprob.exp().tolist(),
+        "target_score": scores.score.tolist(),
+        "log_likelihood": log_likelihoods(model, prompt_ids, rollouts, prompts.tokenizer.pad_token_id, token_budget),
+        "completion": decode([r.ids[: sum(r.trained)] for r in rollouts], skip_special_tokens=True),
+        "completion_ids": [rollout.ids for rollout in rollouts],
+    }
+    return pl.DataFrame(columns), rollouts
+
+
+def most_likely(frame: pl.DataFrame) -> list[int]:
+    """Of each user's samples the one the policy finds most likely, as places in the frame; the first among equals."""
+    found = frame.with_row_index("place").sort("row", -pl.col("log_likelihood"), "place", maintain_order=True)
+    return found.group_by("row", maintain_order=True).first()["place"].to_list()

@@ -1,0 +1,83 @@
+"""Sampled reasonings with their ranks: G a user in order, each likelihood and rank that of a plain loop."""
+
+import polars as pl
+import pytest
+import torch
+from oracle import double_model, forward, unit
+
+from r2ec_trl.evaluation.sampling import log_likelihoods, most_likely, sample_reasonings, sample_users
+from r2ec_trl.evaluation.users import evaluate_users
+from r2ec_trl.items.encoding import make_encoder, make_table
+from r2ec_trl.policy.answer_state import add_answer_state
+from r2ec_trl.policy.prompts import PromptConfig, Prompts
+from r2ec_trl.policy.rollouts import MarkerReader
+
+SHORT = PromptConfig(user_template="{history}", item_template="{fields}", item_fields=("title",))
+
+
+@pytest.fixture
+def recommender(tiny_model, chat_tokenizer, shop):
+    model = tiny_model("llama")
+    add_answer_state(model)
+    prompts = Prompts(chat_tokenizer, SHORT, shop["items"])
+    table = make_table(prompts, shop["items"], "cosine", "cpu")
+    with torch.no_grad():
+        table.refresh(make_encoder(model, prompts, 16_384))
+    return model, prompts, table
+
+
+def test_each_sample_has_the_rank_and_likelihood_of_a_plain_loop(recommender, shop, tiny_model):
+    model, prompts, table = recommender
+    users = shop["test"].select([3, 0, 5])
+    frame, rollouts = sample_users(model, prompts, table, users, 4, max_new_tokens=5, item_temperature=0.05)
+    assert frame["row"].to_list() == [0] * 4 + [1] * 4 + [2] * 4
+    assert frame["user_id"].to_list() == [name for name in users["user_id"][:] for _ in range(4)]
+    assert len({tuple(ids) for ids in frame["completion_ids"].to_list()}) > 6  # drawn, not greedy
+    plain = double_model(tiny_model("llama"))
+    with torch.no_grad():
+        rows = torch.stack([unit(forward(plain, ids)[1][-1]) for ids in table.token_ids])
+        for row, rollout in zip(frame.to_dicts(), rollouts, strict=True):
+            user = users[row["row"]]
+            ids, written = prompts.user_ids(user), sum(rollout.trained)
+            logits, states = forward(plain, ids + rollout.ids)
+            scores, target = rows @ unit(states[-1]), table.index[user["target"]]
+            assert row["rank"] == 1 + int((scores > scores[target]).sum())
+            kept = [i for i in range(len(rows)) if i not in table.row_indices(user["history"])]
+            assert row["rank_masked"] == 1 + int((scores[kept] > scores[target]).sum())
+            assert row["target_prob"] == pytest.approx(torch.softmax(scores / 0.05, 0)[target].item(), abs=1e-4)
+            likelihood = sum(logits[len(ids) - 1 + i].log_softmax(-1)[rollout.ids[i]].item() for i in range(written))
+            assert row["log_likelihood"] == pytest.approx(likelihood, abs=1e-3)
+            assert row["completion"] == prompts.tokenizer.decode(rollout.ids[:written], skip_special_tokens=True)
+
+
+def test_the_seed_decides_and_the_callers_random_state_stays(recommender, shop):
+    model, prompts, _ = recommender
+    ids = [prompts.user_ids(shop["test"][0])]
+    reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    one, same, other = (sample_reasonings(model, reader, ids, 6, 8, 4096, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_cold_temperature_is_greedy(recommender, shop):
+    model, prompts, table = recommender
+    users = shop["test"].select([3, 0])
+    frame, _ = sample_users(model, prompts, table, users, 2, 5, 0.05, temperature=1e-4)
+    greedy = evaluate_users(model, prompts, table, users, max_new_tokens=5, temperature=0.05)
+    assert frame["reasoning"].to_list() == [text for text in greedy["reasoning"] for _ in range(2)]
+
+
+def test_the_likeliest_of_each_user_and_the_first_among_equals():
+    frame = pl.DataFrame({"row": [0, 0, 0, 1, 1], "log_likelihood": [-3.0, -1.0, -2.0, -5.0, -5.0]})
+    assert most_likely(frame) == [1, 3]
+
+
+def test_the_budget_of_a_likelihood_changes_nothing(recommender, shop):
+    model, prompts, _ = recommender
+    ids = [prompts.user_ids(user) for user in shop["test"]]
+    reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
+    rollouts = sample_reasonings(model, reader, ids, 1, 6, 4096)
+    pad = prompts.tokenizer.pad_token_id
+    one, other = (log_likelihoods(model, ids, rollouts, pad, budget) for budget in (8, 100_000))
+    assert one == pytest.approx(other, abs=1e-4)
