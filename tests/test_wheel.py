@@ -29,7 +29,8 @@ def test_package_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     policy = {path.name for path in (ROOT / "r2ec_trl" / "demo_policy").iterdir()}
-    assert {"r2ec_trl/py.typed", *(f"r2ec_trl/demo_policy/{name}" for name in policy)} <= names
+    files = {"r2ec_trl/py.typed", "r2ec_trl/cli/run_report.html"}
+    assert files | {f"r2ec_trl/demo_policy/{name}" for name in policy} <= names
     for folder, pattern in (
         ("recipes", "*.py"),
         ("recipes/benchmarks", "*.py"),

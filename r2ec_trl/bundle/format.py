@@ -152,8 +152,8 @@ def part_hashes(folder: Path, meta: BundleMeta, catalogue: Path | None = None) -
         }
         if catalogue is not None:
             for name, file, what in _CATALOGUE_FILES:
-                digest = hashlib.sha256() if len(meta.hashes.get(name, "")) == 64 else xxhash.xxh3_128()
-                found[name] = pool.submit(_files_hash, [catalogue / file], digest, what)
+                kind: Any = hashlib.sha256 if len(meta.hashes.get(name, "")) == 64 else xxhash.xxh3_128
+                found[name] = pool.submit(_files_hash, [catalogue / file], kind(), what)
         hashes = {name: future.result() for name, future in found.items()}
     return {"prompts": meta.prompts.fingerprint(), **hashes}
 

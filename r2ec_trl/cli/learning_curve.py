@@ -57,7 +57,8 @@ class LearningCurveCallback(TrainerCallback):
                 [`~r2ec_trl.training.health.selection_figure`].
 
         Returns:
-            `matplotlib.figure.Figure`: One panel a series; a series that was never logged says so.
+            `matplotlib.figure.Figure`: One panel a series, the validation figure with its intervals; a series that was
+            never logged says so.
         """
         figure = Figure(figsize=(9, 6), layout="constrained")
         for axes, (name, title) in zip(figure.subplots(2, 2).flat, {metric: title, **self.PANELS}.items()):
@@ -74,6 +75,11 @@ class LearningCurveCallback(TrainerCallback):
                 continue
             steps, values = zip(*points)
             axes.plot(steps, values, marker="o" if name == metric else None, markersize=4)
+            bounds = [
+                (row["step"], row[f"{name}_low"], row[f"{name}_high"]) for row in history if f"{name}_low" in row
+            ]
+            if bounds:
+                axes.fill_between(*zip(*bounds, strict=True), alpha=0.2)
             if name == "rollout/missing_marker":
                 axes.set_ylim(-0.02, 1.02)
         return figure

@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from r2ec_trl.bundle.bundle import Bundle, save_bundle
 from r2ec_trl.bundle.meta import Protocol
 from r2ec_trl.cli.bundle_choice import BundleArguments
+from r2ec_trl.cli.run_report import write_run_report
 from r2ec_trl.cli.run_start import RunArguments
 from r2ec_trl.cli.tables import beyond_table, report_table, run_table, slice_table
 from r2ec_trl.cli.terminal import printable
@@ -186,6 +189,7 @@ def finish_run(
         write_report(folder, result, after)  # whatever fails from here on, the ranks are kept
         result |= _result(trainer, dataset, card, test, before, after, facts, strangers)
         write_report(folder, result, after)
+        logger.info("%s", write_run_report(folder, dataset["items"], test))
         bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
         _print(get_console(), result, dataset, test, before, after, num_examples)
 
@@ -257,6 +261,7 @@ def _result(
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "best_validation": trainer.state.best_metric,
+        "command": shlex.join(sys.argv),
         "seconds": next((log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None),
         "arguments": {name: value for name, value in args.to_dict().items() if value is not None},
     }

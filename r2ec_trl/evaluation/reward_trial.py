@@ -26,7 +26,7 @@ _RENAMED = {"rank": "target_rank"}  # as rewards call it
 # what the file holds for people, and no reward gets in training
 _NOT_GIVEN = {"row", "completion", "rank_masked", "logprob", "reasoning", "reasoning_tokens", "has_marker"}
 _NOT_GIVEN |= {"log_likelihood"}
-NO_SIGNAL = 1e-9  # rewards of a group that lie nearer than this give every rollout an advantage of zero
+NO_SIGNAL = 1e-6  # equal rollouts differ by as much in float32; nearer rewards give every rollout an advantage of zero
 SHOWN = 3
 
 

@@ -16,7 +16,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.items.scoring import exclusion_matrix
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.metrics import summarise_ranks
+from r2ec_trl.metrics import bootstrap_interval, ndcg_at_k, summarise_ranks
 from r2ec_trl.policy.generation import generate_reasoning
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Reasoner, Rollout, Watch
@@ -176,14 +176,19 @@ def evaluate_users(
 
 def summarise_users(frame: pl.DataFrame) -> dict[str, float]:
     """
-    Means over users of [`evaluate_users`]' frame: `hit@k`, `ndcg@k`, `mrr@k` for k = 5, 10, 20, the same with the
-    prefix `masked_`, `missing_marker`, `reasoning_tokens`, and `top1_share`, the share of users who get the most
-    frequent first item (near 1 when recommendations have collapsed).
+    Means over users of [`evaluate_users`]' frame: `hit@k`, `ndcg@k`, `mrr@k` for k = 5, 10, 20, `ndcg@10_low` and
+    `ndcg@10_high` (bootstrap interval), the same with the prefix `masked_`, `missing_marker`, `reasoning_tokens`, and
+    `top1_share`, the share of users who get the most frequent first item (near 1 when recommendations have collapsed).
     """
-    top = frame["top_item_ids"].list.first()
+    top, users = frame["top_item_ids"].list.first(), frame["user_id"].to_numpy()
+    figures: dict[str, float] = {}
+    for prefix, column in (("", "rank"), ("masked_", "rank_masked")):
+        ranks = frame[column].to_numpy()
+        figures |= {f"{prefix}{name}": value for name, value in summarise_ranks(ranks).items()}
+        low, high = bootstrap_interval(ndcg_at_k(ranks, 10), groups=users)
+        figures |= {f"{prefix}ndcg@10_low": low, f"{prefix}ndcg@10_high": high}
     return {
-        **summarise_ranks(frame["rank"].to_numpy()),
-        **{f"masked_{name}": value for name, value in summarise_ranks(frame["rank_masked"].to_numpy()).items()},
+        **figures,
         "missing_marker": 1 - float(frame["has_marker"].cast(pl.Float64).sum()) / frame.height,
         "reasoning_tokens": float(frame["reasoning_tokens"].sum()) / frame.height,
         "top1_share": int(top.value_counts()["count"].to_numpy().max()) / frame.height,

@@ -81,7 +81,8 @@ def _check_selection(args: Any, eval_dataset: Any) -> None:
     """The best checkpoint is chosen by a figure that evaluations give; among several sets, by the first one's."""
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
-    one = {"rank": [1], "rank_masked": [1], "has_marker": [True], "reasoning_tokens": [0], "top_item_ids": [["x"]]}
+    one = {"user_id": ["u"], "rank": [1], "rank_masked": [1], "has_marker": [True], "reasoning_tokens": [0]}
+    one["top_item_ids"] = [["x"]]
     known = [f"recommendation/{name}" for name in summarise_users(pl.DataFrame(one))]
     wanted = args.metric_for_best_model.removeprefix("eval_")
     if isinstance(eval_dataset, Mapping):

@@ -38,8 +38,10 @@ def test_learning_curve_writes_whole_files_at_evaluation_and_end(tmp_path):
 
 def test_learning_curve_draws_the_logged_points():
     history = [{"step": step, "eval_recommendation/ndcg@10": step / 10, "reward": math.nan} for step in (5, 10)]
+    history[1] |= {"eval_recommendation/ndcg@10_low": 0.8, "eval_recommendation/ndcg@10_high": 1.1}
     ndcg, reward, *_ = LearningCurveCallback().draw(history).axes
     assert ndcg.lines[0].get_xydata().tolist() == [[5, 0.5], [10, 1.0]]
+    assert {0.8, 1.1} <= set(ndcg.collections[0].get_paths()[0].vertices[:, 1]) and not reward.collections
     assert ndcg.lines[0].get_marker() == "o"
     assert not reward.lines and reward.texts[0].get_text() == "not logged"
 

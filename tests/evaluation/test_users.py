@@ -137,6 +137,7 @@ def test_truncated_none_and_full(chat_tokenizer):
 def test_summary_by_hand():
     frame = pl.DataFrame(
         {
+            "user_id": list("uvwx"),
             "rank": [1, 3, 30, 11],
             "rank_masked": [1, 41, 30, 9],
             "has_marker": [True, True, False, True],
@@ -148,6 +149,7 @@ def test_summary_by_hand():
     assert figures["hit@5"] == 0.5 and figures["hit@20"] == 0.75 and figures["masked_hit@10"] == 0.5
     assert figures["ndcg@10"] == pytest.approx((1 + 0.5) / 4)
     assert figures["mrr@20"] == pytest.approx((1 + 1 / 3 + 1 / 11) / 4)
+    assert figures["ndcg@10_low"] < figures["ndcg@10"] < figures["ndcg@10_high"] <= figures["masked_ndcg@10_high"]
     assert figures["missing_marker"] == 0.25 and figures["reasoning_tokens"] == 3 and figures["top1_share"] == 0.75
 
 
