@@ -31,7 +31,7 @@ from r2ec_trl.evaluation.reward_trial import read_rollouts, rollout_rows, try_re
 from r2ec_trl.evaluation.sampling import sample_users
 from r2ec_trl.files import write_json
 from r2ec_trl.policy.loading import PolicyArguments
-from r2ec_trl.rewards import load_reward
+from r2ec_trl.rewards import Reward, load_reward
 
 
 @dataclass
@@ -47,6 +47,9 @@ class TrialArguments(BundleArguments):
     )
     reward_mix: float = field(default=0.05, metadata={"help": "β of the fused reward (M3)."})
     reward_cutoff: int = field(default=1000, metadata={"help": "k of the rank rewards (M1)."})
+    soft_punish_cache: int = field(
+        default=16, metadata={"help": "Tokens before --max_completion_length over which soft_overlong falls to -1."}
+    )
     split: str = field(
         default="validation", metadata={"help": "Split of the users.", "choices": ["train", "validation", "test"]}
     )
@@ -92,10 +95,17 @@ def sampled(args: TrialArguments, policy_args: PolicyArguments) -> tuple[pl.Data
     return rollouts, facts
 
 
+def named_rewards(args: TrialArguments, max_completion_length: int) -> dict[str, Reward]:
+    """The rewards that are named, with the settings that built-ins take."""
+    settings = {name: getattr(args, name) for name in ("reward_mix", "reward_cutoff", "soft_punish_cache")}
+    settings["max_completion_length"] = max_completion_length
+    return {spec: load_reward(spec, **settings) for spec in args.reward_funcs}
+
+
 def main() -> None:
     args, policy_args = parse((TrialArguments, PolicyArguments), description=__doc__)
     start_logging()
-    rewards = {spec: load_reward(spec, args.reward_mix, args.reward_cutoff) for spec in args.reward_funcs}
+    named_rewards(args, args.max_completion_length)  # what cannot be loaded is said before anything is sampled
     there, named = Path(args.rollouts).exists(), args.bundle or policy_args.model_name_or_path
     if there and named:
         raise UserError(f"{args.rollouts} is there already; leave {named!r} out to read it, or name another file.")
@@ -104,7 +114,7 @@ def main() -> None:
     with WorkDisplay():
         rollouts, facts = read_rollouts(args.rollouts) if there else sampled(args, policy_args)
         say(f"{rollouts['row'].n_unique():,} users, {rollouts.height:,} rollouts of {args.rollouts}.")
-        found = try_rewards(rollouts, rewards)
+        found = try_rewards(rollouts, named_rewards(args, facts["settings"]["max_completion_length"]))
     console = get_console()
     console.print(trial_table(found))
     for name, one in found.items():

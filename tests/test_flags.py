@@ -372,6 +372,12 @@ def test_try_reward_recipe(launch, written, shop, shop_folder, tmp_path, capsys)
     assert found["protocol"]["split"] == "validation" and list(found["rewards"]) == names
     assert found["rewards"]["hit"]["mean"] == pytest.approx(float((frame["rank"] == 1).mean()))
     assert found["rewards"][names[2]]["without_signal"] == 1 and "would push" in capsys.readouterr().out
+    lengths = [len(ids) for ids in frame["completion_ids"]]
+    rewards = ["length", "soft_overlong"]
+    launch("try_reward", "--rollouts", kept, "--reward_funcs", *rewards, "--soft_punish_cache", 8, "--output", out)
+    of_length = json.loads(out.read_text())["rewards"]
+    assert of_length["length"]["mean"] == pytest.approx(-sum(lengths) / len(lengths) / 8)  # the bundle's limit
+    assert of_length["soft_overlong"]["mean"] < -0.5
     fused = found["rewards"]["fused"]["mean"]
     launch("try_reward", "--rollouts", kept, "--reward_mix", 1, "--output", out)
     again = json.loads(out.read_text())["rewards"]["fused"]["mean"]
