@@ -134,6 +134,7 @@ def tiny_model(chat_tokenizer):
         if family == "gemma2":  # soft caps bite and the window is shorter than a prompt, or they would go untested
             settings |= {"query_pre_attn_scalar": 32, "sliding_window": 16, "attn_logit_softcapping": 5.0}
             settings["initializer_range"] = 0.05  # it scales its embeddings up by itself
+            overrides = overrides | {"attn_implementation": "eager"}  # sdpa leaves the soft cap out
         config_class = {
             "llama": transformers.LlamaConfig,
             "qwen2": transformers.Qwen2Config,
@@ -142,8 +143,6 @@ def tiny_model(chat_tokenizer):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config_class(**(settings | overrides)))
         model.config.architectures = [type(model).__name__]
-        if family == "gemma2":
-            model.set_attn_implementation("eager")  # sdpa leaves the soft cap out
         return model.float().eval()
 
     return build
@@ -194,7 +193,7 @@ QUICK = {
 def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
     """
     `make_trainer(**settings)` builds a RecPOTrainer on short prompts. Besides RecPOConfig's fields it takes `family`,
-    `model`, `peft` (default: LoRA), `reward` (default: the fused one), `train`, `validation` and `callbacks`.
+    `model`, `tokenizer`, `peft` (default: LoRA), `reward` (default: the fused one), `train`, `validation`, `callbacks`.
     """
     from peft import LoraConfig
 
@@ -202,7 +201,15 @@ def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
     from r2ec_trl.training.recpo_trainer import RecPOTrainer
 
     def build(
-        family="llama", model=None, peft=True, reward=None, train=None, validation=None, callbacks=None, **settings
+        family="llama",
+        model=None,
+        tokenizer=None,
+        peft=True,
+        reward=None,
+        train=None,
+        validation=None,
+        callbacks=None,
+        **settings,
     ):
         args = RecPOConfig(**{"output_dir": str(tmp_path / "run"), **QUICK, **settings})
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
@@ -213,7 +220,7 @@ def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
             args,
             train if train is not None else shop["train"],
             validation if validation is not None else shop["validation"],
-            chat_tokenizer,
+            tokenizer or chat_tokenizer,
             callbacks=callbacks,
             peft_config=lora if peft else None,
         )

@@ -68,7 +68,7 @@ class Chat:
             Further variables of the template, such as `{"enable_thinking": false}`.
 
     Attributes:
-        kwargs (`dict`): what `apply_chat_template` needs to render as this class does; for TRL.
+        template, kwargs (`str`, `dict`): what `apply_chat_template` needs to render as this class does; for TRL.
 
     Raises:
         [`UserError`]: for a template that does not write the user's words, or takes too much time or memory.
@@ -78,13 +78,11 @@ class Chat:
         ensure_chat_template(tokenizer)
         self.tokenizer = tokenizer
         today = date.fromisoformat(day)
-        clock = {"strftime_now": today.strftime, "date_string": today.strftime("%d %b %Y")}
-        self.kwargs: dict[str, Any] = {**clock, **(options or {})}
+        self.kwargs: dict[str, Any] = {"date_string": today.strftime("%d %b %Y"), **(options or {})}
         if taken := set(options or {}) & {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}:
             raise UserError(f"`chat_template_kwargs` sets {sorted(taken)[0]!r}, which is not the user's to set.")
-        check_bounds(
-            str(tokenizer.get_chat_template()), functools.partial(self._probe, "\n".join(PROBE * PROBE_LINES))
-        )
+        self.template = pin_clock(str(tokenizer.get_chat_template()), today, json.dumps(self.kwargs))
+        check_bounds(self.template, functools.partial(self._probe, "\n".join(PROBE * PROBE_LINES)))
         self.as_parts = self._needs_parts()
         self.leading: Messages = self._leading_turns()
 
@@ -94,15 +92,15 @@ class Chat:
 
     def ids(self, messages: Messages) -> list[int]:
         """Token ids of chat messages with the generation prompt, as TRL makes them."""
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self.kwargs
-        )
-        return list(encoded["input_ids"])
+        return list(self._apply(messages, tokenize=True, return_dict=True)["input_ids"])
 
     def render(self, messages: Messages) -> str:
         """The text of chat messages with the generation prompt."""
-        return str(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **self.kwargs)
+        return str(self._apply(messages, tokenize=False))
+
+    def _apply(self, messages: Messages, **how: Any) -> Any:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, add_generation_prompt=True, **how, **self.kwargs
         )
 
     def _content(self, text: str) -> Any:
@@ -141,6 +139,25 @@ class Chat:
             logger.debug("The chat template takes no system turn: %s", refusal)
             return []
         return [system] if len(emptied) < len(plain) else []
+
+
+def pin_clock(template: str, today: date, texts: str = "") -> str:
+    """
+    A template that asks for the date, with its answer before it: newer transformers let no function in beside messages.
+
+    Args:
+        template (`str`):
+            Calls `strftime_now(format)`, or is returned as it is.
+        today (`datetime.date`):
+            What it is told.
+        texts (`str`, *optional*):
+            Where formats may stand besides.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = sorted(set(re.findall(r"(?<!\{)%-?[A-Za-z]", template + texts)), key=len, reverse=True)
+    told = "".join(f" | replace({json.dumps(code)}, {json.dumps(today.strftime(code))})" for code in codes)
+    return "{% macro strftime_now(format) %}{{ format" + told + " }}{% endmacro %}\n" + template
 
 
 _within_bounds: set[str] = set()

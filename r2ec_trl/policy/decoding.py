@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.policy.releases import cache_name, is_checkpointing
 from r2ec_trl.policy.rollouts import MarkerReader, Watch
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,11 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"{config.model_type} keeps another kind of cache"
     if layers - {"full_attention", "sliding_attention"} or hasattr(config, "vision_config"):
         return f"{config.model_type} has other layers than attention over tokens"
-    if missing := {"position_ids", "past_key_values", "logits_to_keep"} - set(taken):
+    if missing := {"position_ids", cache_name(model), "logits_to_keep"} - set(taken):
         return f"{config.model_type} takes no {', '.join(sorted(missing))}"
     if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
         return "the weights are sharded"
-    if model.training and model.is_gradient_checkpointing:
+    if model.training and is_checkpointing(model):
         return "gradient checkpointing is on"
     return None
 
@@ -110,9 +111,10 @@ def decode(
         history = torch.zeros_like(mask)
         for row, prompt in enumerate(prompts):
             history[row, width - len(prompt) : width] = torch.tensor(prompt, device=device)
-            history[row, : width - len(prompt)] = config.pad_token_id
+            history[row, : width - len(prompt)] = prompt[0]  # not the pad token, which nobody wrote
         positions = mask.sum(dim=1)  # of the next token
         alive = [True] * len(rows)
+        held: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
         for step in range(config.max_new_tokens):
             tokens = next_tokens(logits, history[:, : width + step], config, step, stop_ids)
             for place, token in enumerate(tokens.tolist()):
@@ -135,9 +137,8 @@ def decode(
                     input_ids=tokens[:, None],
                     attention_mask=mask[:, : width + step + 1],
                     position_ids=positions[:, None] + step,
-                    past_key_values=cache,
-                    use_cache=True,
                     logits_to_keep=1,
+                    **held,
                 )
             logits = output.logits[:, -1].float()
     return done
@@ -153,7 +154,7 @@ def next_tokens(
         logits (`torch.Tensor` of shape `(rows, V)`, float32):
             Of the next token.
         history (`torch.Tensor` of shape `(rows, T)`):
-            Ids so far, padding included; what the repetition penalty counts.
+            Ids so far, before a shorter row its first; what the repetition penalty counts.
         config ([`~transformers.GenerationConfig`]):
             do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min_new_tokens.
         step (`int`):
@@ -237,13 +238,13 @@ def _prefill(
             seen[place, longest - len(distinct[which]) :] = 1
         seen = seen.to(device)
         cache: Any = Cache(layers=[DynamicLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
+        held: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
         output = model(
             input_ids=ids.to(device),
             attention_mask=seen,
             position_ids=(seen.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
             logits_to_keep=1,
+            **held,
         )
         newest = output.logits[:, -1].float()
         place_of = torch.full((len(distinct),), -1, device=device)

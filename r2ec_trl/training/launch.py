@@ -7,6 +7,7 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.releases import set_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def settle_checkpointing(args: Any, fits: bool | None = None) -> None:
     """
     if args.gradient_checkpointing != "auto":
         return
-    args.gradient_checkpointing = not (fits if fits is not None else args.use_cpu or not torch.cuda.is_available())
+    set_checkpointing(args, not (fits if fits is not None else args.use_cpu or not torch.cuda.is_available()))
     if args.process_index == 0:
         why = "no memory plan was made" if fits is None else f"the step {'fits' if fits else 'does not fit'} without"
         logger.info("Gradient checkpointing is %s: %s.", "on" if args.gradient_checkpointing else "off", why)

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.options import check_launch
 from r2ec_trl.policy.ranges import check_ranges
+from r2ec_trl.policy.releases import set_checkpointing
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 
@@ -153,9 +154,11 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
         check_ranges(self)
         self.optim = resolve_optimizer(self.optim, self.use_cpu)
         words: dict[str, Any] = {"auto": "auto", "true": True, "false": False}
-        if str(self.gradient_checkpointing).lower() not in words:
-            raise UserError(f"`gradient_checkpointing` is {self.gradient_checkpointing!r}; give auto, true or false.")
-        self.gradient_checkpointing = words[str(self.gradient_checkpointing).lower()]
+        given = getattr(self, "activation_checkpointing", None)  # its newer name
+        given = self.gradient_checkpointing if given is None else given
+        if str(given).lower() not in words:
+            raise UserError(f"`gradient_checkpointing` is {given!r}; give auto, true or false.")
+        set_checkpointing(self, words[str(given).lower()])
         if self.bf16 is None:  # TRL's default is True, which a CPU refuses
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.vllm_importance_sampling_correction is None:

@@ -16,6 +16,7 @@ from r2ec_trl.policy.answer_state import add_answer_state
 from r2ec_trl.policy.checks import check_start, switch_dropout_off
 from r2ec_trl.policy.generation import stop_generate_at_marker
 from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.releases import set_checkpointing
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.training.generation_batch import GenerationBatch, whole_groups, without_rows
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
@@ -137,8 +138,10 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
                 rollout_func=self.roll_out,
                 **kwargs,
             )
+        set_checkpointing(args, args.gradient_checkpointing)  # TRL may have set its kwargs, by the old name
         self.reward_func_names = numbered(self.reward_func_names)
-        self.chat_template_kwargs = self.prompts.chat.kwargs  # TRL renders the prompts again: under the same clock
+        chat = self.prompts.chat  # TRL renders the prompts again: under the same clock
+        self.chat_template, self.chat_template_kwargs = chat.template, chat.kwargs
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_answer_state(base_model, args.shared_prompt)

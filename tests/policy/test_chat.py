@@ -1,5 +1,6 @@
 """The chat template: no clock, nothing lost, no end of time or memory."""
 
+import copy
 import datetime
 import time
 
@@ -8,7 +9,7 @@ import transformers.utils.chat_template_utils as rendering
 from datasets import Dataset
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.policy.chat import Chat, ensure_chat_template
+from r2ec_trl.policy.chat import PLAIN_CHAT_TEMPLATE, Chat, ensure_chat_template, pin_clock
 from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
 USER = {"user_id": "u", "history": ["i00"]}
@@ -68,15 +69,29 @@ def test_prompts_know_no_clock(tokenizer, shop, days_later, template):
         PromptConfig(prompt_date="soon")
 
 
-def test_trl_renders_under_the_same_clock(make_trainer, tokenizer, shop, days_later):
+def test_trl_renders_under_the_same_clock(make_trainer, chat_tokenizer, shop, days_later):
     """What the sampler is given is what the scorer reads, whatever the day."""
-    trainer = make_trainer(peft=False)
-    one = tokenizer(DATED)
-    trainer.processing_class = trainer.prompts.chat.tokenizer = one
+    one = copy.deepcopy(chat_tokenizer)
+    one.chat_template = DATED
+    trainer = make_trainer(peft=False, tokenizer=one)
     days_later(45)
     messages = trainer.prompts.user_messages(shop["train"][0])
     prompt_ids, *_ = trainer._tokenize_prompts([messages])
     assert prompt_ids == [trainer.prompts.chat.ids(messages)]
+    assert "Today Date: 26 Jul 2024" in one.decode(prompt_ids[0])
+
+
+def test_the_clock_answers_in_every_format(tokenizer):
+    """Wherever the template asks, also in a macro of its own; what does not ask is left as it is."""
+    asks = (
+        "{%- macro when(f) %}{{ strftime_now(f) }}{% endmacro %}\n{% set day = '%-d' %}"
+        "{{ when('%A %d/%m/%y %H:%M') }} {{ strftime_now(day ~ '. %B') }} {{ strftime_now(form) }}|"
+        "{% for m in messages %}{{ m.content }}" + END
+    )
+    chat = Chat(tokenizer(asks), "2024-02-03", {"form": "%j"})
+    assert chat.render([{"role": "user", "content": "x"}]).split("|")[0] == "Saturday 03/02/24 00:00 3. February 034"
+    assert pin_clock(PLAIN_CHAT_TEMPLATE, datetime.date(2024, 2, 3)) == PLAIN_CHAT_TEMPLATE
+    assert chat.tokenizer.chat_template == asks
 
 
 def test_the_fingerprint_covers_what_is_rendered(tokenizer, shop):

@@ -45,15 +45,25 @@ def run(model, reader, prompts, config):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.7}, {"min_new_tokens": 6}])
 def test_greedy_tokens_are_transformers(tiny_model, model_family, reader, attention, options):
-    """Ragged left-padded prompts, each twice; Gemma-2's window is smaller than the longest."""
+    """Ragged left-padded prompts, each twice; Gemma-2's window is smaller than the longest. The penalty without padding,
+    of which older transformers count the pad token as written."""
+    prompts = ragged([30] * 6 if "repetition_penalty" in options else LENGTHS)
     window = {"sliding_window": 8} if model_family == "gemma2" else {}
     model = tiny_model(model_family, attn_implementation=attention, **window)
-    greedy = decode(model, reader, ragged(), settings(model, config_of()))
+    greedy = decode(model, reader, prompts, settings(model, config_of()))
     end = greedy[2][4]  # a token that some rows write and others do not
     config = config_of(eos_token_id=[end, 301], **options)
-    ours, expected = run(model, reader, ragged(), config)
+    ours, expected = run(model, reader, prompts, config)
     assert [ids + [0] * (len(expected[0]) - len(ids)) for ids in ours] == expected
     assert len({len(ids) for ids in ours}) > 1 or options  # rows end at different steps and leave the batch
+
+
+def test_a_penalty_counts_no_padding(tiny_model, reader):
+    """Each row as if it were alone, though the pad token would be among its best."""
+    model, config = tiny_model("qwen2"), config_of(repetition_penalty=1.7)
+    together = decode(model, reader, ragged(copies=1), settings(model, config))
+    assert together == [decode(model, reader, [ids], settings(model, config))[0] for ids in ragged(copies=1)]
+    assert 0 in together[0]
 
 
 def test_an_adapter_is_decoded_with(tiny_model, reader):
