@@ -193,7 +193,8 @@ QUICK = {
 def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
     """
     `make_trainer(**settings)` builds a RecPOTrainer on short prompts. Besides RecPOConfig's fields it takes `family`,
-    `model`, `tokenizer`, `peft` (default: LoRA), `reward` (default: the fused one), `train`, `validation`, `callbacks`.
+    `model`, `tokenizer`, `peft` (default: LoRA), `reward` (default: the fused one), `train`, `validation` and
+    `callbacks`.
     """
     from peft import LoraConfig
 

@@ -143,7 +143,7 @@ class Chat:
 
 def pin_clock(template: str, today: date, texts: str = "") -> str:
     """
-    A template that asks for the date, with its answer before it: newer transformers let no function in beside messages.
+    A template that asks for the date, with the answer before it: newer transformers take no function as a variable.
 
     Args:
         template (`str`):

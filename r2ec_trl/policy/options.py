@@ -64,8 +64,9 @@ OBEYED: dict[str, str] = {  # name: the test in which it changes what we do
     ),
     "model_revision": "tests/cli/test_bundle_choice.py::test_the_base_is_asked_for_in_the_revision_it_had",
 }
-TRLS = frozenset("""
-    accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices beta cache_implementation
+NEWER = frozenset({"activation_checkpointing", "activation_checkpointing_kwargs"})  # not in every transformers
+TRLS = NEWER | frozenset("""
+    accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices beta cache_implementation
     data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
     ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug delta
@@ -90,7 +91,6 @@ TRLS = frozenset("""
     vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
     vllm_tensor_parallel_size warmup_steps weight_decay
     """.split())
-NEWER = frozenset(("activation_checkpointing", "activation_checkpointing_kwargs"))  # absent in our oldest transformers
 _EVALUATES = (
     "is for evaluation by batches of losses; ours ranks the catalogue (`forward_token_budget` sets its batches)"
 )

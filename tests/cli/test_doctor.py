@@ -1,6 +1,10 @@
 """The doctor's report."""
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from r2ec_trl.cli import doctor as module
 from r2ec_trl.data.demo import DEMO_POLICY
@@ -11,6 +15,30 @@ def test_the_report_holds_what_a_bug_report_needs():
     report = module.doctor([str(DEMO_POLICY)])
     for word in ("r2ec_trl ", "torch ", "transformers ", "trl ", "python ", "cores", "GiB", "demo_policy: a model"):
         assert word in report
+
+
+def test_the_issue_template_asks_for_what_is_printed():
+    template = yaml.safe_load((Path(__file__).parents[2] / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    first = template["body"][0]
+    assert first["id"] == "doctor" and first["validations"]["required"]
+    packages, optional, *rest = first["attributes"]["placeholder"].splitlines()
+    assert tuple(packages.removesuffix(": versions").split(", ")) == module.PACKAGES
+    assert tuple(optional.removesuffix(": versions, where installed").split(", ")) == module.OPTIONAL
+    words = [re.split(r"[ ,:]", line)[0] for line in rest]
+    assert words == ["python", "GPU", "FOLDER", "PROBLEM"]
+    lines = module.doctor([str(DEMO_POLICY)]).splitlines()[1 + len(module.PACKAGES) : -1]
+    for line in lines:
+        known = (
+            *module.OPTIONAL,
+            "python",
+            "memory",
+            "GPU",
+            "no GPU",
+            DEMO_POLICY.name,
+            "PROBLEM",
+            "no known problem",
+        )
+        assert line.startswith(known)
 
 
 def test_versions_outside_the_ranges_and_bad_pairs_are_named(monkeypatch):

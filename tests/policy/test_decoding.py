@@ -45,8 +45,10 @@ def run(model, reader, prompts, config):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.7}, {"min_new_tokens": 6}])
 def test_greedy_tokens_are_transformers(tiny_model, model_family, reader, attention, options):
-    """Ragged left-padded prompts, each twice; Gemma-2's window is smaller than the longest. The penalty without padding,
-    of which older transformers count the pad token as written."""
+    """
+    Ragged left-padded prompts, each twice; Gemma-2's window is smaller than the longest. The penalty without padding,
+    where older transformers take the pad token for written.
+    """
     prompts = ragged([30] * 6 if "repetition_penalty" in options else LENGTHS)
     window = {"sliding_window": 8} if model_family == "gemma2" else {}
     model = tiny_model(model_family, attn_implementation=attention, **window)

@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
@@ -35,12 +36,16 @@ CALLED = {  # private methods that are called, not overridden
 
 @pytest.mark.parametrize("name", [*OVERRIDDEN, *CALLED])
 def test_methods_have_the_parameters_we_pass_on(name):
+    """Relies on each method of `OVERRIDDEN` and `CALLED`."""
     theirs = [p for p in inspect.signature(getattr(GRPOTrainer, name)).parameters if p != "self"]
     assert theirs == {**OVERRIDDEN, **CALLED}[name], f"TRL changed GRPOTrainer.{name}: {theirs}; RecPOTrainer uses it."
 
 
 def test_the_loss_calls_the_model_once_and_by_keyword():
-    """RecPOTrainer._compute_loss hands a closure in the model's place to keep the answer states of that forward."""
+    """
+    Relies on `GRPOTrainer._compute_loss` and `GRPOTrainer._get_per_token_logps_and_entropies`: RecPOTrainer hands a
+    closure in the model's place to keep the answer states of that forward.
+    """
     source = inspect.getsource(GRPOTrainer._compute_loss)
     assert source.count("self._get_per_token_logps_and_entropies(") == 1
     assert len(re.findall(r"\bmodel\b(?=[,)(])", source)) == 2, "TRL's loss uses `model` elsewhere too."
@@ -49,7 +54,10 @@ def test_the_loss_calls_the_model_once_and_by_keyword():
 
 
 def test_rollout_func_is_given_prompts_and_its_fields_reach_the_rewards():
-    """RecPOTrainer.roll_out returns `env_mask`, and what `OF_ROLL_OUT` names for its `_calculate_rewards`."""
+    """
+    Relies on `GRPOTrainer._generate`, `._generate_and_score_completions` and `._calculate_rewards`: `roll_out` returns
+    `env_mask`, and what `OF_ROLL_OUT` names for the rewards.
+    """
     source = inspect.getsource(GRPOTrainer._generate)
     assert "output = self.rollout_func(prompts, self)" in source
     assert 'required_keys = {"prompt_ids", "completion_ids", "logprobs"}' in source
@@ -61,13 +69,14 @@ def test_rollout_func_is_given_prompts_and_its_fields_reach_the_rewards():
 
 
 def test_the_warning_that_rollout_func_is_experimental_is_silenced(make_trainer, recwarn):
+    """Relies on the wording in `GRPOTrainer.__init__`."""
     assert "You are using 'rollout_func'" in inspect.getsource(GRPOTrainer.__init__)
     make_trainer()
     assert not [warning for warning in recwarn if "rollout_func" in str(warning.message)]
 
 
 def test_at_most_eight_overrides_each_with_its_reason_in_the_docstring():
-    """Every name that the class, or a mixin of it, takes over from TRL or transformers."""
+    """Relies on each method of `OVERRIDDEN`: all that the class, or a mixin, takes over from TRL or transformers."""
     ours = {
         name
         for base in RecPOTrainer.__mro__[: RecPOTrainer.__mro__.index(GRPOTrainer)]
@@ -80,6 +89,7 @@ def test_at_most_eight_overrides_each_with_its_reason_in_the_docstring():
 
 
 def test_fused_output_has_the_fields_that_ours_extends():
+    """Relies on `trl.trainer.utils.FusedCausalLMOutput`."""
     theirs = [field.name for field in dataclasses.fields(FusedCausalLMOutput)]
     assert theirs == [
         "loss",
@@ -95,6 +105,7 @@ def test_fused_output_has_the_fields_that_ours_extends():
 
 
 def test_the_second_patch_hands_out_states_beside_trls_log_probs(tiny_model):
+    """Relies on `trl.trainer.utils.add_fused_lm_head`."""
     model, plain = tiny_model("qwen2"), tiny_model("qwen2")
     for each in (model, plain):
         add_fused_lm_head(each, outputs=("log_probs", "entropy"))
@@ -112,6 +123,7 @@ def test_the_second_patch_hands_out_states_beside_trls_log_probs(tiny_model):
 
 
 def test_batches_are_shuffled_and_split_with_0d_tensors_whole():
+    """Relies on `trl.trainer.grpo_trainer.shuffle_sequence_dict` and `.split_tensor_dict`."""
     batch = {"rows": torch.arange(6), "count": torch.tensor(7), "wide": torch.arange(12).view(6, 2)}
     torch.manual_seed(0)
     shuffled = shuffle_sequence_dict(batch)
@@ -123,7 +135,10 @@ def test_batches_are_shuffled_and_split_with_0d_tensors_whole():
 
 
 def test_what_generate_returns_and_logs(make_trainer, chat_tokenizer, replay):
-    """`prompt_ids, completion_ids, tool_mask, completions, logprobs, *rest`, and the figures that we set right."""
+    """
+    Relies on `GRPOTrainer._generate` and `._metrics`: `prompt_ids, completion_ids, tool_mask, completions, logprobs,
+    *rest`, and the figures that we set right.
+    """
     replay(lambda prompt_ids, number: [50, 60 + number])
     trainer = make_trainer()
     trainer.model.train()
@@ -141,6 +156,7 @@ def test_what_generate_returns_and_logs(make_trainer, chat_tokenizer, replay):
 
 
 def test_keys_of_the_batch(make_trainer, replay):
+    """Relies on what `GRPOTrainer._generate_and_score_completions` returns."""
     replay(lambda prompt_ids, number: [50, 60 + number])
     trainer = make_trainer()
     trainer.model.train()
@@ -164,6 +180,7 @@ def test_keys_of_the_batch(make_trainer, replay):
 
 
 def test_attributes_that_we_read(make_trainer):
+    """Relies on `GRPOTrainer._metrics`, `._step`, `._tokenizer`, and `unwrap_model_for_generation`."""
     trainer = make_trainer()
     for name in (
         "_metrics",
@@ -188,13 +205,34 @@ def test_attributes_that_we_read(make_trainer):
         assert hasattr(trainer.args, name), f"GRPOConfig.{name} is gone."
 
 
+def test_prompts_are_rendered_by_the_template_that_we_hand_in():
+    """Relies on `GRPOTrainer._tokenize_prompts`: RecPOTrainer sets `chat_template`, where the clock is pinned."""
+    source = inspect.getsource(GRPOTrainer._tokenize_prompts)
+    assert source.count("chat_template=self.chat_template,") == source.count(".apply_chat_template(") > 0
+    assert source.count("**self.chat_template_kwargs,") == source.count(".apply_chat_template(")
+
+
+def test_the_engine_calls_what_ours_overrides():
+    """Relies on `VLLMGeneration._init_vllm`, `._iter_named_params`, `._fix_param_name_to_vllm` and `._dist`."""
+    for name in ("_init_vllm", "_iter_named_params", "sync_weights"):
+        assert list(inspect.signature(getattr(VLLMGeneration, name)).parameters) == ["self"]
+    assert list(inspect.signature(VLLMGeneration._fix_param_name_to_vllm).parameters)[:2] == ["self", "name"]
+    source = inspect.getsource(VLLMGeneration)
+    assert "self._init_vllm()" in source and "self._dist = DistributedBackend(accelerator)" in source
+    assert "in self._iter_named_params()" in inspect.getsource(VLLMGeneration.sync_weights)
+    assert "self.llm = LLM(" in source, "vllm.sync replaces `LLM` there"
+    assert "VLLMGeneration(" in inspect.getsource(GRPOTrainer), "vllm.sync replaces `VLLMGeneration` there"
+
+
 def test_old_log_probs_are_kept_under_the_condition_that_ours_repeats():
+    """Relies on `GRPOTrainer._generate_and_score_completions`."""
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert "generate_every = self.args.steps_per_generation * self.num_iterations" in source
     assert "if self.args.gradient_accumulation_steps % generate_every != 0 or (" in source
 
 
 def test_dapo_normalises_over_the_generation_batch_as_the_item_term_does():
+    """Relies on `GRPOTrainer._compute_loss`."""
     lines = [line.strip() for line in inspect.getsource(GRPOTrainer._compute_loss).splitlines()]
     assert 'normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes' in lines
     assert (
@@ -203,5 +241,12 @@ def test_dapo_normalises_over_the_generation_batch_as_the_item_term_does():
 
 
 def test_trl_masks_truncated_rollouts_by_their_last_id_which_is_why_we_take_it_over():
+    """Relies on `GRPOTrainer._generate_and_score_completions`."""
     assert "ids[-1] not in eos_and_pad" in inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert "mask_truncated_completions" in {field.name for field in dataclasses.fields(GRPOConfig)}
+
+
+def test_every_contract_says_what_it_relies_on():
+    tests = {name: each for name, each in globals().items() if name.startswith("test_") and each.__doc__}
+    assert len(tests) == sum(name.startswith("test_") for name in globals()) - 1  # all but this one
+    assert not [name for name, test in tests.items() if "Relies on" not in test.__doc__]
