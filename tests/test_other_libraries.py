@@ -1,9 +1,11 @@
 """RecTools and RecBole users: their columns in, our ranks and recommendations out in their columns."""
 
+import ast
 import importlib.util
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import pytest
 from r2ec_trl.data.schema import load_dataset_folder
 from r2ec_trl.evaluation.users import summarise_users
 from r2ec_trl.serving.recommender import Recommender
+from r2ec_trl.training.recpo_config import RecPOConfig
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
 
 
 @pytest.fixture
@@ -99,3 +103,28 @@ def test_atomic_files_of_recbole_become_a_dataset_folder(call, tmp_path):
     data = load_dataset_folder(tmp_path / "data")
     assert len(data["items"]) == 6 and len(data["test"]) == 5
     assert data["test"][0]["history"][-1] == data["validation"][0]["target"]
+
+
+def test_what_stands_ready_for_trls_documentation_runs(tiny_model_folder, shop, shop_folder, tmp_path, monkeypatch):
+    """docs/upstream: the settings of the paper index are the paper's, the example trains, its reward is a reward."""
+    monkeypatch.chdir(tmp_path)
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "upstream").glob("*.md")}
+    model = str(tiny_model_folder("llama"))
+    [entry] = re.findall("```python\n(.*?)```", pages["paper_index_entry.md"], re.DOTALL)
+    names = {"model": model, "items": shop["items"], "users": shop["train"]}
+    exec(entry, names)
+    [call] = [
+        n for n in ast.walk(ast.parse(entry)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "RecPOConfig"
+    ]
+    assert call.keywords
+    for setting in call.keywords:
+        assert getattr(names["training_args"], setting.arg) == getattr(RecPOConfig("out"), setting.arg), setting.arg
+    example, reward = re.findall("```python\n(.*?)```", pages["recpo_trainer.md"], re.DOTALL)
+    names = {}
+    exec(reward, names)
+    quick = 'RecPOConfig("out", max_steps=1, max_completion_length=4, eval_strategy="no", '
+    example = example.replace("data/mine", str(shop_folder)).replace("Qwen/Qwen2.5-0.5B-Instruct", model)
+    exec(
+        example.replace('RecPOConfig("out", ', quick).replace("    args=", "    reward_funcs=top3,\n    args="), names
+    )
+    assert names["trainer"].state.global_step == 1 and "rewards/top3/mean" in names["trainer"].state.log_history[0]
