@@ -71,8 +71,9 @@ class SampledReasoning:
     ) -> torch.Tensor:
         """
         M8, the mean over users of the mean over a user's rollouts; and `stop_coef` times the language-model loss (mean
-        over tokens) of the best rollout of each group, its marker included. Best: by the target's probability among
-        the batch's targets.
+        over tokens) of the best rollout of each group, its marker included, where that had to be appended: a term on
+        those that end by themselves as well shrinks reasonings to nothing. Best: by the target's probability among the
+        batch's targets.
 
         Args:
             model ([`~torch.nn.Module`]):
@@ -112,7 +113,10 @@ class SampledReasoning:
         weights = torch.ones_like(logprobs) / users
         weights[:written] /= size
         best = best_of_groups(logprobs[:written].detach().exp().view(reasoned, size), settings.min_reward_spread)
-        words = reasoning[:, 1:] & torch.cat([best.flatten(), best.new_zeros(len(owners) - written)])[:, None]
+        appended = torch.tensor([not rollout.has_marker for rollout in rollouts], device=best.device)
+        appended[:written] &= best.flatten()
+        appended[written:] = False
+        words = reasoning[:, 1:] & appended[:, None]
         stop = -(outputs.log_probs * words).sum() / words.sum().clamp(min=1)
         item = -(weights * logprobs).sum()
         self.telemetry.add(

@@ -1,12 +1,14 @@
 """The aligned warm start: M8 on sampled states one by one, the term that teaches to stop, and each flag's effect."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from oracle import double_model, forward, unit
 from peft import LoraConfig
 
+from r2ec_trl.policy.rollouts import MarkerReader
 from r2ec_trl.training.sampled_reasoning import best_of_groups
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
@@ -35,6 +37,7 @@ def step(make_contrastive, monkeypatch):
 def test_loss_is_that_of_each_state_and_of_the_best_words(step, tiny_model):
     """Three of eight users reason, twice each, the others not; float64, one by one."""
     trainer, batch, prompts, rollouts, loss = step(reasoning_share=0.3, stop_coef=0.25)
+    assert not any(rollout.has_marker for rollout in rollouts)
     assert len(rollouts) == 3 * 2 + 5 and [len(r.ids) for r in rollouts[6:]] == [len(trainer.prompts.marker_ids)] * 5
     model = double_model(tiny_model("llama"), LoraConfig(**LORA))
     model.load_state_dict(trainer.model.state_dict())
@@ -81,6 +84,15 @@ def test_groups_without_signal_teach_no_words(step):
     trainer, *_, loss = step(min_reward_spread=1e-9, stop_coef=5.0)
     assert trainer.telemetry.series["rollout/no_signal"][0] < 1
     assert loss.item() > trainer.telemetry.series["loss/item"][0]
+
+
+def test_reasonings_that_end_by_themselves_are_left_alone(step, monkeypatch):
+    """With every marker written by the policy the term is 0: trained on, they would get ever shorter."""
+    finish = MarkerReader.finish
+    monkeypatch.setattr(
+        MarkerReader, "finish", lambda *args, **kwargs: replace(finish(*args, **kwargs), has_marker=True)
+    )
+    assert step(stop_coef=1.0)[0].telemetry.series["loss/stop"] == [0.0]
 
 
 def test_it_learns_to_stop(make_contrastive):
