@@ -72,6 +72,12 @@ class EvaluateArguments(BundleArguments):
     seed: int = field(
         default=0, metadata={"help": "Seed of the bootstrap, of whose reasoning is swapped and of sampling (best:N)."}
     )
+    record: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the test figures of full and none in the bundle: servers quote what no reasoning costs."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +85,8 @@ class EvaluateArguments(BundleArguments):
             split_mode(mode)
         if self.beside and not self.audit:
             raise UserError("--beside is shown in the audit; add --audit true, or use recipes/compare.py.")
+        if self.record and (self.bundle is None or self.split != "test" or self.max_eval_users is not None):
+            raise UserError("--record keeps figures of all test users with a --bundle; leave --split and a cut out.")
 
 
 class Modes:
@@ -170,6 +178,8 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
         raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
     if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
+        if args.record:
+            raise UserError(f"The catalogue of {args.bundle} is not {args.dataset}'s; evaluate without --record.")
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)
     wanted = args.reasoning or ([] if not args.audit else audit_modes(bundle.meta.protocol.max_completion_length))
     wanted = wanted or [bundle.meta.protocol.reasoning]
@@ -185,7 +195,10 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
             folder = Path(args.output_dir) if len(wanted) == 1 else Path(args.output_dir) / mode.replace(":", "_")
             own = {**facts, "settings": {**facts["settings"], "reasoning": mode}}
             alone = bundle.evaluate(without_histories(users), mode) if mode in ("full", "none") else None
-            write_evaluation(folder, frame, dataset, card, users, own, alone)
+            result = write_evaluation(folder, frame, dataset, card, users, own, alone)
+            if args.record and mode in ("full", "none"):
+                name = "after" if mode == bundle.meta.protocol.reasoning else f"reasoning_{mode}"
+                bundle.record_metrics({**bundle.meta.metrics, name: result})
     if args.audit and accelerator.is_main_process:
         found = audit_reasoning(frames, seconds, modes.samples, beside, args.seed)
         write_json(Path(args.output_dir) / "reasoning_audit.json", finite({"protocol": facts, "modes": found}))

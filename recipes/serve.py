@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from r2ec_trl.bundle.bundle import Bundle
-from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of
+from r2ec_trl.cli.bundle_choice import BundleArguments, writer_of
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.errors import UserError
 from r2ec_trl.serving.recommender import Recommender
@@ -46,7 +46,7 @@ def main() -> None:
             raise UserError(f'{name} is not installed; run `pip install "r2ec_trl[serve]"`.')
     import uvicorn
 
-    from r2ec_trl.serving.messages import Limits
+    from r2ec_trl.serving.messages import Limits, reasoning_price
     from r2ec_trl.serving.server import TOKEN_VARIABLE, make_app
 
     args, limits = parse((ServeArguments, Limits), description=__doc__)
@@ -57,7 +57,8 @@ def main() -> None:
         from r2ec_trl.serving.page import mount_page
 
         mount = partial(mount_page, token=token)
-    app = make_app(Recommender(bundle, engine_of(named, bundle)), limits, token, mount)
+    app = make_app(Recommender(bundle), limits, token, mount, writer_of(named, bundle))
+    logging.info("Without reasoning: %s", reasoning_price(bundle.meta.metrics))
     uvicorn.run(
         app,
         host=args.host,

@@ -25,6 +25,7 @@ from r2ec_trl.evaluation.report import read_ranks
 from r2ec_trl.metrics import ndcg_at_k
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.serving.messages import reasoning_price
 from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
 from r2ec_trl.training.recpo_config import RecPOConfig
 
@@ -39,7 +40,9 @@ FLAGS = {
     "no_history_share": ("cli/test_run_start.py", "test_a_share_of_the_train_rows_loses_its_purchases"),
     "plan": ("cli/test_plan.py", "test_the_recipe_plans_without_loading_the_model"),
     "selection_mask": ("cli/test_live.py", "test_the_mask_that_selects_is_the_one_that_is_shown"),
-    **dict.fromkeys(["split", "max_eval_users", "seed", "reasoning", "bundle"], (HERE, "test_evaluate_recipe")),
+    **dict.fromkeys(
+        ["split", "max_eval_users", "seed", "reasoning", "bundle", "record"], (HERE, "test_evaluate_recipe")
+    ),
     **dict.fromkeys(["output_dir", "max_completion_length"], (HERE, "test_evaluate_recipe")),
     **dict.fromkeys(["device", "trust_remote_code"], (HERE, "test_what_a_bundle_is_loaded_with")),
     "bf16": (HERE, "test_scoring_flags"),
@@ -308,6 +311,14 @@ def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):
     launch("evaluate", *words, "--reasoning", "other", "--seed", 1, out=tmp_path / "seed")
     assert read_ranks(tmp_path / "seed")[1]["seed"] == 1
     assert not read_ranks(tmp_path / "seed")[0]["reasoning"][:7].equals(other["reasoning"])
+    launch("evaluate", "--bundle", own, *words[2:], "--reasoning", "full", "none", "--record", out=tmp_path / "kept")
+    kept = Bundle.load(own).meta.metrics
+    for mode, name in (("full", "after"), ("none", "reasoning_none")):
+        written = json.loads((tmp_path / "kept" / mode / "metrics.json").read_text())
+        assert kept[name] == written and written["protocol"]["settings"]["reasoning"] == mode
+    assert reasoning_price(kept).startswith("NDCG@10 on the test split is")
+    with pytest.raises(UserError, match="--record keeps figures of all test users"):
+        launch("evaluate", *words, "--record", "--split", "train", out=tmp_path / "not")
     bundle = Bundle.load(own)
     protocol = dataclasses.replace(bundle.meta.protocol, reasoning="none")
     bundle.meta = dataclasses.replace(bundle.meta, protocol=protocol)

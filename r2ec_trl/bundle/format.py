@@ -188,7 +188,7 @@ def check_parts(folder: Path, meta: BundleMeta) -> None:
             f"{catalogue / TABLE_FILE} is not what was written there: its hash differs; take a whole copy."
         )
     check_hashes(wrong, recorded, folder)
-    if meta.seal() != recorded[SEAL]:
+    if not meta.is_sealed():
         raise UserError(
             f"{folder / META_FILE} is not what was written there: its hash differs; only base_model and base_revision "
             "may be changed by hand."

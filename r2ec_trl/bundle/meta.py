@@ -103,12 +103,19 @@ class BundleMeta:
     catalogue: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
 
-    def seal(self) -> str:
-        """SHA-256 over everything but where the base lies."""
+    def seal(self, without: Collection[str] = ()) -> str:
+        """SHA-256 over everything but where the base lies, and prompt fields that were not there when it was sealed."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))  # as they are read back
+        values["prompts"] = {name: value for name, value in values["prompts"].items() if name not in without}
         values["hashes"] = {name: value for name, value in self.hashes.items() if name != SEAL}
         kept = {name: value for name, value in values.items() if name not in _MOVABLE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def is_sealed(self) -> bool:
+        """Whether it is what was sealed, by this version or by one without the newest prompt fields."""
+        defaults = {one.name: one.default for one in dataclasses.fields(PromptConfig)}
+        unsaid = [name for name in LATER_FIELDS if getattr(self.prompts, name) == defaults[name]]
+        return self.hashes[SEAL] in [self.seal(unsaid[first:]) for first in range(len(unsaid), -1, -1)]
 
     def sealed(self) -> "BundleMeta":
         """Itself with the seal among its hashes."""

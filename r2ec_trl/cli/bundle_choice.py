@@ -17,7 +17,9 @@ from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
 from r2ec_trl.policy.checks import check_start
 from r2ec_trl.policy.loading import PolicyArguments, checked_device, load_policy
 from r2ec_trl.policy.prompts import Prompts
+from r2ec_trl.policy.rollouts import MarkerReader
 from r2ec_trl.policy.settings import RecommendationArguments
+from r2ec_trl.vllm.async_engine import AsyncWriter
 from r2ec_trl.vllm.engine import load_engine
 
 
@@ -82,8 +84,23 @@ def engine_of(args: BundleArguments, bundle: Bundle) -> Any:
     if args.engine == "transformers":
         return None
     with bundle.precision():
-        length = bundle.prompts.config.max_prompt_length + bundle.meta.protocol.max_completion_length
-        return load_engine(bundle.model, length, trust_remote_code=args.trust_remote_code)
+        return load_engine(bundle.model, _length(bundle), trust_remote_code=args.trust_remote_code)
+
+
+def writer_of(args: BundleArguments, bundle: Bundle) -> AsyncWriter | None:
+    """The same for a server: vLLM's async engine, which begins a reasoning while others are being written."""
+    if args.engine == "transformers":
+        return None
+    reader = MarkerReader(bundle.tokenizer, bundle.prompts.config.marker)
+    most = bundle.meta.protocol.max_completion_length
+    with bundle.precision():
+        return AsyncWriter(bundle.model, reader, most, _length(bundle), trust_remote_code=args.trust_remote_code)
+
+
+def _length(bundle: Bundle) -> int:
+    """The longest prompt and reasoning together; vLLM refuses more than the model's positions."""
+    longest = bundle.prompts.config.max_prompt_length + bundle.meta.protocol.max_completion_length
+    return min(longest, getattr(bundle.model.config.get_text_config(), "max_position_embeddings", longest))
 
 
 def _changed(args: Any, defaults: Any, names: Iterable[str]) -> list[str]:

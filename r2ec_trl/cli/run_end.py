@@ -178,7 +178,7 @@ def finish_run(
         result["before"] = _write_before(trainer, dataset, card, test, before)
     trainer.accelerator.wait_for_everyone()
     try:
-        after, strangers = evaluate_bundle(trainer, folder / "bundle", test)
+        after, strangers, without = evaluate_bundle(trainer, folder / "bundle", test)
         after = described(after, dataset, test)
     except Exception:
         logger.error(
@@ -188,9 +188,13 @@ def finish_run(
     if main:
         write_report(folder, result, after)  # whatever fails from here on, the ranks are kept
         result |= _result(trainer, dataset, card, test, before, after, facts, strangers)
+        if without is not None:  # what leaving the reasoning out costs
+            facts = _facts(trainer, card, "none")
+            result["reasoning_none"] = report(without, {}, facts, seed=facts["seed"])
         write_report(folder, result, after)
         logger.info("%s", write_run_report(folder, dataset["items"], test))
-        bundle.record_metrics({name: result[name] for name in ("before", "after") if name in result})
+        kept = ("before", "after", "reasoning_none")
+        bundle.record_metrics({name: result[name] for name in kept if name in result})
         _print(get_console(), result, dataset, test, before, after, num_examples)
 
 
@@ -205,11 +209,13 @@ def _bundle_protocol(trainer: GreedyEvaluation) -> Protocol:
     )
 
 
-def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -> tuple[pl.DataFrame, pl.DataFrame]:
+def evaluate_bundle(
+    trainer: GreedyEvaluation, folder: Path, dataset: Dataset
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
     """
     As [`~r2ec_trl.training.greedy_evaluation.GreedyEvaluation.evaluate_frame`], but by the bundle that a run wrote:
     weights, prompts and item table are read back from disk. Reasonings come from vLLM where the run uses it. The
-    second frame is of the same rows without any purchase.
+    second frame is of the same rows without any purchase, the third without reasoning where the policy reasons.
 
     To make room, the trained model is left in main memory, unless it is quantised or DeepSpeed's.
     """
@@ -224,16 +230,20 @@ def evaluate_bundle(trainer: GreedyEvaluation, folder: Path, dataset: Dataset) -
         trust_remote_code=trainer.args.trust_remote_code,
     )
     frame = gather_rows(bundle.evaluate(users, rollouts=rollouts), len(dataset))
-    return frame, bundle.evaluate(without_histories(dataset))
+    without = None
+    if trainer.reasoning != "none":
+        without = gather_rows(bundle.evaluate(users, reasoning="none"), len(dataset))
+    return frame, bundle.evaluate(without_histories(dataset)), without
 
 
-def _facts(trainer: GreedyEvaluation, card: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(trainer: GreedyEvaluation, card: Mapping[str, Any], reasoning: str | None = None) -> dict[str, Any]:
     """The protocol of a training run."""
     args: Any = trainer.args
+    reasoning = reasoning or trainer.reasoning
     settings = settings_of(
         args,
-        trainer.reasoning,
-        max_completion_length=0 if trainer.reasoning == "none" else args.max_completion_length,
+        reasoning,
+        max_completion_length=0 if reasoning == "none" else args.max_completion_length,
         model=trainer.model.config._name_or_path,
     )
     return protocol(card, settings, args.seed)
@@ -276,8 +286,8 @@ def write_evaluation(
     test: Dataset,
     facts: Mapping[str, Any],
     strangers: pl.DataFrame | None = None,
-) -> None:
-    """Write and print what recipes/evaluate.py measured: one report of one reasoning mode; see [`full_report`]."""
+) -> dict[str, Any]:
+    """Write, print and return what recipes/evaluate.py measured: one report of one reasoning mode; see [`full_report`]."""
     frame = described(frame, dataset, test)
     write_report(folder, {"protocol": facts}, frame)  # whatever fails from here on, the ranks are kept
     baselines = baseline_frames(dataset, test, card["synthetic"])
@@ -287,6 +297,7 @@ def write_evaluation(
     console.print(f"[bold]reasoning: {facts['settings']['reasoning']}[/bold]", result["reasoning"])
     for table in (report_table, slice_table, beyond_table):
         console.print(table(result))
+    return result
 
 
 def _print(

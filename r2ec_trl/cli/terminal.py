@@ -8,7 +8,17 @@ from rich import get_console
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from r2ec_trl import progress
 
@@ -55,17 +65,22 @@ def is_plain(console: Console) -> bool:
     return not console.is_terminal or console.is_dumb_terminal
 
 
-def make_bar(console: Console, transient: bool = False) -> Progress:
+def make_bar(console: Console, *more: ProgressColumn, transient: bool = False) -> Progress:
     """The progress bar of training and of long work."""
     words = TextColumn("[bold]{task.description}")
-    columns = (words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), *more)
     return Progress(*columns, console=console, transient=transient)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.1f}/s" if task.speed else "")
 
 
 class WorkDisplay:
     """
-    While it is open, shows the reports of [`~r2ec_trl.progress`]: a bar while it lasts, or a line every
-    ten seconds where there is no terminal.
+    While it is open, shows the reports of [`~r2ec_trl.progress`] with rate and time left: a bar while it lasts, or a
+    line every ten seconds where there is no terminal.
 
     Args:
         shown (`bool`, *optional*, defaults to `True`):
@@ -81,6 +96,7 @@ class WorkDisplay:
         self._drawn: Progress | None = None
         self._what = ""
         self._start = self._said = 0.0
+        self._first = 0
 
     def __enter__(self) -> "WorkDisplay":
         if self.shown:
@@ -96,15 +112,19 @@ class WorkDisplay:
         now = time.monotonic()
         if what != self._what:
             self._end()
-            self._what, self._start, self._said = what, now, now
+            self._what, self._start, self._said, self._first = what, now, now, done
         if self.bar is None and is_plain(self.console):
             if now - self._said >= LINE_EVERY or (done >= total and self._said > self._start):
                 self._said = now
-                say(f"{what}: {done:,} of {total:,}, {now - self._start:.0f} s", self.console)
+                line = f"{what}: {done:,} of {total:,}, {now - self._start:.0f} s"
+                if done > self._first:
+                    rate = (done - self._first) / max(now - self._start, 1e-3)
+                    line += f", {rate:,.1f} a second, {(total - done) / rate:.0f} s left"
+                say(line, self.console)
         elif self._drawn is not None:
             self._drawn.update(self._task, completed=done, total=total)
         elif done < total and (self.bar is None or now - self._start >= PATIENCE):
-            self._drawn = self.bar or make_bar(self.console, transient=True)
+            self._drawn = self.bar or make_bar(self.console, _Rate(), transient=True)
             self._task = self._drawn.add_task(escape(printable(what)), total=total, completed=done)
             if self.bar is None:
                 self._drawn.start()

@@ -63,7 +63,7 @@ def answer_users(
     reasoner: Reasoner,
     max_new_tokens: int,
     token_budget: int,
-    reasonings: Sequence[str],
+    reasonings: Sequence[str | Rollout],
     watch: Watch | None = None,
 ) -> tuple[torch.Tensor, list[Rollout]]:
     """
@@ -79,7 +79,8 @@ def answer_users(
         max_new_tokens (`int`), token_budget (`int`):
             Longest reasoning, and tokens of a forward.
         reasonings (`Sequence[str]`):
-            One a user: `"full"` (the reasoner's), `"none"` (the marker at once) or a text to take as it is.
+            One a user: `"full"` (the reasoner's), `"none"` (the marker at once), a text to take as it is, or a rollout
+            that was written before.
         watch (`Callable`, *optional*):
             See [`~r2ec_trl.policy.rollouts.Reasoner`]; it gets the user's number.
 
@@ -93,8 +94,10 @@ def answer_users(
     made = reasoner([prompt_ids[number] for number in written], max_new_tokens, watch=seen) if written else []
     rollouts = dict(zip(written, made, strict=True))
     for number in set(range(len(prompt_ids))).difference(written):
-        text = "" if reasonings[number] == "none" else reasonings[number]
-        rollouts[number] = reader.finish(prompts.plain.ids(text), end_ids=[])
+        given = reasonings[number]
+        if isinstance(given, str):
+            given = reader.finish(prompts.plain.ids("" if given == "none" else given), end_ids=[])
+        rollouts[number] = given
     sequences = [list(ids) + rollouts[number].ids for number, ids in enumerate(prompt_ids)]
     states = table.project(make_encoder(model, prompts, token_budget)(sequences)).to(table.device)
     return states, [rollouts[number] for number in range(len(prompt_ids))]

@@ -64,6 +64,7 @@ def recommend_file(
     plan = _plan(recommender, Path(source), target, part_users, options, state)
     parts = -(-plan["users"] // part_users)
     users = tokens = errors = 0
+    progress.report("users", min(plan["users"], _parts_in(target) * part_users), plan["users"])
     for number, rows in enumerate(_chunks(Path(source), part_users, state)):
         part = target / PART_FILE.format(number)
         if rows is None or part.exists():

@@ -1,15 +1,17 @@
 """Many callers, one model: questions wait in a bounded queue, and one thread answers them in batches."""
 
+import copy
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.rollouts import Rollout
 from r2ec_trl.serving.recommender import Question, Recommendation, Recommender
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,21 @@ class Refused(Exception):
         self.status, self.retry_after = status, retry_after
 
 
-@dataclass
+class Writer(Protocol):
+    """Writes reasonings beside each other, as [`~r2ec_trl.vllm.async_engine.AsyncWriter`] does."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still works."""
+
+    def write(self, prompt_ids: Sequence[int], heard: Callable[[list[int]], bool]) -> "Future[Rollout]":
+        """Begin one; `heard` gets its ids so far and may end it."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+@dataclass(eq=False)
 class Job:
     """
     One user's question on its way.
@@ -48,7 +64,10 @@ class Job:
         future (`Future`):
             The answer; who no longer wants it cancels it, and the reasoning ends at its next token.
         timings (`dict`):
-            `waited` and `answered` in seconds, and `batch`, the users that were answered together.
+            `waited`, `written` (by a [`Writer`]) and `answered` in seconds, and `batch`, the users that were answered
+            together.
+        rollout ([`~r2ec_trl.policy.rollouts.Rollout`], *optional*):
+            What a [`Writer`] wrote.
     """
 
     ask: Mapping[str, Any]
@@ -58,6 +77,7 @@ class Job:
     timings: dict[str, float] = field(default_factory=dict)
     arrived: float = field(default_factory=time.monotonic)
     told: str = ""
+    rollout: Rollout | None = None
 
     def over(self) -> bool:
         """Whether nobody waits for it any more."""
@@ -98,6 +118,8 @@ class Batcher:
             Users that wait; one more is refused.
         observe (`Callable`, *optional*):
             Called after each batch with its users, reasoning tokens and seconds.
+        writer ([`Writer`], *optional*):
+            Writes the reasonings one by one, each beside those that came before; only answers are in batches then.
     """
 
     def __init__(
@@ -107,11 +129,14 @@ class Batcher:
         window: float = 0.005,
         max_queue: int = 256,
         observe: Callable[[int, int, float], None] | None = None,
+        writer: Writer | None = None,
     ):
-        self.recommender, self.observe = recommender, observe
+        self.recommender, self.observe, self.writer = recommender, observe, writer
         self.max_batch, self.window, self.max_queue = max_batch, window, max_queue
         self._waiting: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._reads_with = copy.deepcopy(recommender.bundle.tokenizer)  # a writer is heard on a thread of its own
+        self._writing: set[Job] = set()
         self._changed = threading.Condition()
         self._closed = False
         self._rate = float(max_batch)  # users a second, lately
@@ -120,13 +145,13 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Users in the queue."""
-        return len(self._waiting)
+        """Users in the queue, those included whose reasoning a writer writes."""
+        return len(self._waiting) + len(self._writing)
 
     @property
     def alive(self) -> bool:
         """Whether questions are still answered."""
-        return self._thread.is_alive() and not self._closed
+        return self._thread.is_alive() and not self._closed and (self.writer is None or self.writer.alive)
 
     def submit(
         self,
@@ -154,9 +179,9 @@ class Batcher:
         with self._changed:
             if not self.alive:
                 raise Refused(503, "The server is shutting down; ask another one.")
-            if len(self._waiting) + len(jobs) > self.max_queue:
-                seconds = max(1, round(len(self._waiting) / self._rate))
-                raise Refused(429, f"{len(self._waiting)} users are waiting; ask again in {seconds} s.", seconds)
+            if self.waiting + len(jobs) > self.max_queue:
+                seconds = max(1, round(self.waiting / self._rate))
+                raise Refused(429, f"{self.waiting} users are waiting; ask again in {seconds} s.", seconds)
             self._waiting.extend(jobs)
             self._changed.notify_all()
         return jobs
@@ -179,6 +204,8 @@ class Batcher:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        if self.writer is not None:
+            self.writer.close()
 
     # ------------------------------------------------------------- the model's thread
     def _work(self) -> None:
@@ -198,7 +225,7 @@ class Batcher:
         """The next batch or call; `None` once there is nothing left and nothing more will come."""
         with self._changed:
             while not (self._waiting or self._calls):
-                if self._closed:
+                if self._closed and not self._writing:
                     return None
                 self._changed.wait()
             if self._calls:
@@ -218,18 +245,52 @@ class Batcher:
 
     def _writes(self, job: Job) -> bool:
         """Whether a reasoning has to be written for it."""
-        return (job.ask.get("reasoning") or self.recommender.bundle.meta.protocol.reasoning) == "full"
+        mode = job.ask.get("reasoning") or self.recommender.bundle.meta.protocol.reasoning
+        return mode == "full" and job.rollout is None
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         start = time.monotonic()
         ready: list[tuple[Job, Question]] = []
         for job in jobs:
-            job.timings = {"waited": round(start - job.arrived, 4), "batch": len(jobs)}
+            job.timings.setdefault("waited", round(start - job.arrived, 4))
+            job.timings["batch"] = len(jobs)
             try:
-                ready.append((job, self.recommender.prepare(**job.ask)))
+                question = self.recommender.prepare(**job.ask)
+                ready.append((job, question if job.rollout is None else replace(question, reasoning=job.rollout)))
             except Exception as error:
                 job.fail(error)
-        self._answer_ready(ready, start)
+        if self.writer is not None and jobs and self._writes(jobs[0]):
+            for job, question in ready:
+                try:
+                    self._begin(job, question, self.writer)
+                except Exception as error:
+                    self._written(job, error)
+        else:
+            self._answer_ready(ready, start)
+
+    def _begin(self, job: Job, question: Question, writer: Writer) -> None:
+        """Let a reasoning be written; with it, the question waits for its answer again."""
+        prompt_ids = self.recommender.bundle.prompts.user_ids(question.user)
+        start = time.monotonic()
+
+        def written(future: "Future[Rollout]") -> None:
+            job.timings["written"] = round(time.monotonic() - start, 4)
+            self._written(job, future.exception() or future.result())
+
+        with self._changed:
+            self._writing.add(job)
+        writer.write(prompt_ids, lambda ids: self._heard(job, ids)).add_done_callback(written)
+
+    def _written(self, job: Job, result: Rollout | BaseException) -> None:
+        with self._changed:
+            self._writing.discard(job)
+            if isinstance(result, Rollout):
+                job.rollout = result
+                self._waiting.append(job)
+            self._changed.notify_all()
+        if isinstance(result, BaseException):
+            logger.error("A reasoning could not be written.", exc_info=result)
+            job.fail(result)
 
     def _answer_ready(self, ready: Sequence[tuple[Job, Question]], start: float) -> None:
         """Answer these together or, where that fails, in halves: one that cannot be answered is left alone with it."""
@@ -249,7 +310,8 @@ class Batcher:
                 self._answer_ready(half, start)
             return
         seconds = time.monotonic() - start
-        self._rate = 0.8 * self._rate + 0.2 * len(ready) / max(seconds, 1e-3)
+        written = max(job.timings.get("written", 0.0) for job in jobs)  # beside those that are being written now
+        self._rate = 0.8 * self._rate + 0.2 * (len(ready) + len(self._writing)) / max(seconds + written, 1e-3)
         for job, result in zip(jobs, results, strict=True):
             job.timings["answered"] = round(seconds, 4)
             if not job.over():
@@ -258,23 +320,20 @@ class Batcher:
             self.observe(len(ready), sum(result.reasoning_tokens for result in results), seconds)
 
     def _watch(self, jobs: Sequence[Job]) -> Callable[[int, list[int]], bool]:
-        """Tells listeners what is new of their reasoning, and ends reasonings that nobody waits for."""
-        bundle = self.recommender.bundle
-        marker = bundle.prompts.config.marker
+        return lambda number, ids: self._heard(jobs[number], ids)
 
-        def watch(number: int, ids: list[int]) -> bool:
-            job = jobs[number]
-            if job.over():
-                return True
-            if job.listener is not None:
-                text = bundle.tokenizer.decode(ids, skip_special_tokens=True).split(marker)[0].lstrip()
-                text = _settled(text, marker)
-                if len(text) > len(job.told):
-                    job.listener(text[len(job.told) :])
-                    job.told = text
-            return False
-
-        return watch
+    def _heard(self, job: Job, ids: list[int]) -> bool:
+        """Tell a listener what is new of its reasoning; whether nobody waits for it any more."""
+        if job.over():
+            return True
+        if job.listener is not None:
+            marker = self.recommender.bundle.prompts.config.marker
+            text = self._reads_with.decode(ids, skip_special_tokens=True).split(marker)[0].lstrip()
+            text = _settled(text, marker)
+            if len(text) > len(job.told):
+                job.listener(text[len(job.told) :])
+                job.told = text
+        return False
 
 
 def _settled(text: str, marker: str) -> str:

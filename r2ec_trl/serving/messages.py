@@ -88,9 +88,18 @@ class Answer(BaseModel):
 
 
 class RecommendResponse(BaseModel):
-    """In the order of the request's users."""
+    """In the order of the request's users; `price` says what leaving the reasoning out costs, where it was."""
 
     users: list[Answer]
+    price: str | None = None
+
+
+class Ready(BaseModel):
+    """What is answered when a request does not say, and what leaving the reasoning out costs."""
+
+    status: str
+    reasoning: str
+    price: str
 
 
 class ItemRows(Strict):
@@ -155,7 +164,7 @@ class Metrics:
 def reasoning_price(metrics: Mapping[str, Any]) -> str:
     """What leaving the reasoning out costs in NDCG@10, from the figures that a bundle holds."""
     found = {}
-    for report in metrics.values():  # the later ones count: "after" over "before"
+    for report in metrics.values():  # the later ones count, "after" over "before"
         try:
             found[report["protocol"]["settings"]["reasoning"]] = report["unmasked"]["model"]["ndcg@10"]["value"]
         except (KeyError, TypeError):
@@ -163,6 +172,6 @@ def reasoning_price(metrics: Mapping[str, Any]) -> str:
     if {"full", "none"} <= set(found):
         return f"NDCG@10 on the test split is {found['full']:.3f} with reasoning and {found['none']:.3f} without."
     return (
-        "The bundle holds no figures without reasoning; `recipes/evaluate.py --bundle BUNDLE --dataset DATASET "
-        "--reasoning full none` measures what it costs."
+        "The bundle does not hold figures with and without reasoning; `recipes/evaluate.py --bundle BUNDLE "
+        "--dataset DATASET --reasoning full none --record` measures what it costs."
     )

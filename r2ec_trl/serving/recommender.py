@@ -12,7 +12,7 @@ from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import answer_users
 from r2ec_trl.items.scoring import exclusion_matrix, top_k
-from r2ec_trl.policy.rollouts import Watch
+from r2ec_trl.policy.rollouts import Rollout, Watch
 from r2ec_trl.serving.users import History, check_user, is_text
 from r2ec_trl.serving.where import matching_rows
 
@@ -75,8 +75,8 @@ class Question:
             The prompt's example, with the catalogue rows of its purchases under `rows`.
         k (`int`), exclude_history (`bool`):
             As in [`Recommender.recommend`].
-        reasoning (`str`):
-            `"full"`, `"none"` or a text.
+        reasoning (`str` or [`~r2ec_trl.policy.rollouts.Rollout`]):
+            `"full"`, `"none"` or a text; or the rollout, where another has written it.
         allowed (`torch.Tensor` of shape `(N,)`, *optional*):
             Items that may be recommended.
     """
@@ -84,7 +84,7 @@ class Question:
     user: Mapping[str, Any]
     k: int
     exclude_history: bool
-    reasoning: str
+    reasoning: str | Rollout
     allowed: torch.Tensor | None
 
 

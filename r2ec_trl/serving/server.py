@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.serving.batching import Batcher, Job, Refused
+from r2ec_trl.serving.batching import Batcher, Job, Refused, Writer
 from r2ec_trl.serving.guard import Guard
 from r2ec_trl.serving.messages import (
     ERRORS,
@@ -28,8 +28,10 @@ from r2ec_trl.serving.messages import (
     ItemRows,
     Limits,
     Metrics,
+    Ready,
     RecommendRequest,
     RecommendResponse,
+    reasoning_price,
 )
 from r2ec_trl.serving.recommender import Recommendation, Recommender
 
@@ -43,6 +45,7 @@ def make_app(
     limits: Limits | None = None,
     token: str | None = None,
     mount: Callable[..., FastAPI] | None = None,
+    writer: Writer | None = None,
 ) -> Guard:
     """
     The server as an ASGI application.
@@ -56,9 +59,11 @@ def make_app(
             Who sends it as a bearer token may change the catalogue; without one nobody may.
         mount (`Callable`, *optional*):
             Adds a page to the application.
+        writer ([`~r2ec_trl.serving.batching.Writer`], *optional*):
+            Writes the reasonings in the recommender's place; ended with the application.
     """
     limits, metrics = limits or Limits(), Metrics()
-    batcher = Batcher(recommender, limits.max_batch, limits.window, limits.max_queue, metrics.of_batch)
+    batcher = Batcher(recommender, limits.max_batch, limits.window, limits.max_queue, metrics.of_batch, writer)
     metrics.waiting.set_function(lambda: batcher.waiting)
     metrics.items.set_function(lambda: len(recommender.bundle.items))
 
@@ -122,7 +127,11 @@ def _add_answers(app: FastAPI, batcher: Batcher, limits: Limits) -> None:
         _end_in_time(jobs, limits.deadline)
         results = await _results(jobs, request)
         pairs = zip(results, jobs)
-        return JSONResponse({"users": [{**result.to_dict(), "timings": job.timings} for result, job in pairs]})
+        answer: dict[str, Any] = {"users": [{**result.to_dict(), "timings": job.timings} for result, job in pairs]}
+        meta = batcher.recommender.bundle.meta
+        if (body.reasoning or meta.protocol.reasoning) == "none":
+            answer["price"] = reasoning_price(meta.metrics)
+        return JSONResponse(answer)
 
     @app.post("/v1/recommend/stream", response_class=StreamingResponse)
     async def stream(body: RecommendRequest) -> Any:
@@ -270,11 +279,13 @@ def _add_state(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
         """200 while the model's thread lives."""
         return {"status": "alive"} if batcher.alive else _failure(503, "The model's thread has ended.")
 
-    @app.get("/readyz", response_model=dict[str, str])
+    @app.get("/readyz", response_model=Ready)
     async def ready() -> Any:
-        """200 while there is room in the queue."""
-        full = batcher.waiting >= batcher.max_queue
-        return _failure(503, "The queue is full.") if full or not batcher.alive else {"status": "ready"}
+        """200 while there is room in the queue; with it, what is answered by default and what no reasoning costs."""
+        if batcher.waiting >= batcher.max_queue or not batcher.alive:
+            return _failure(503, "The queue is full.")
+        meta = batcher.recommender.bundle.meta
+        return Ready(status="ready", reasoning=meta.protocol.reasoning, price=reasoning_price(meta.metrics))
 
     @app.get("/metrics", response_class=Response)
     async def show_metrics() -> Any:

@@ -67,28 +67,31 @@ def load_engine(
     Raises:
         [`UserError`]: when vLLM is missing or cannot be this policy.
     """
+    options = engine_options(policy, max_model_length, gpu_memory_utilization, **options)
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    llm = LLM(**options)
+    if "enable_lora" in options:
+        with adapter_folder(policy) as folder:
+            use_adapter(llm, LoRARequest("policy", 1, str(folder)))
+    return llm
+
+
+def engine_options(
+    policy: Any, max_model_length: int | None = None, gpu_memory_utilization: float = 0.5, **options: Any
+) -> dict[str, Any]:
+    """Arguments of an engine, vLLM's own names, that answers as the policy does; checked as in [`load_engine`]."""
     check_installed()
     check_evaluated(policy)
     device = next(policy.parameters()).device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else policy.dtype
     options = {"dtype": dtype, "revision": base_revision(policy), **options}
-    lora = is_peft_model(policy)
-    if lora:
+    if is_peft_model(policy):
         rank = policy.peft_config[policy.active_adapters[0]].r
         options |= {"enable_lora": True, "max_lora_rank": kernel_rank(rank)}
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
-
-    llm = LLM(
-        model=policy.name_or_path,
-        max_model_len=max_model_length,
-        gpu_memory_utilization=gpu_memory_utilization,
-        **options,
-    )
-    if lora:
-        with adapter_folder(policy) as folder:
-            use_adapter(llm, LoRARequest("policy", 1, str(folder)))
-    return llm
+    limits = {"max_model_len": max_model_length, "gpu_memory_utilization": gpu_memory_utilization}
+    return {"model": policy.name_or_path, **limits, **options}
 
 
 def base_revision(policy: Any) -> str | None:
@@ -130,16 +133,21 @@ def generate_reasoning_vllm(
     Returns:
         `list[Rollout]`: in the order of the prompts.
     """
-    from vllm import SamplingParams
-
-    stop_ids = reader.stop_ids(llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id"))
-    params = SamplingParams(
-        temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stop_ids, **marker_stop(reader.marker)
-    )
+    params, end_ids = sampling(llm.llm_engine.model_config, reader, max_new_tokens)
     prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
     outputs = llm.generate(prompts, sampling_params=params, use_tqdm=False)
     if watch is not None:
         for number, output in enumerate(outputs):
             watch(number, list(output.outputs[0].token_ids))
-    end_ids = [*stop_ids, reader.tokenizer.pad_token_id]
     return [reader.finish(list(output.outputs[0].token_ids), end_ids) for output in outputs]
+
+
+def sampling(model_config: Any, reader: MarkerReader, max_new_tokens: int) -> tuple[Any, set[Any]]:
+    """Greedy sampling parameters that end where the reader says, and the ids that end a generation."""
+    from vllm import SamplingParams
+
+    stop_ids = reader.stop_ids(model_config.try_get_generation_config().get("eos_token_id"))
+    params = SamplingParams(
+        temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stop_ids, **marker_stop(reader.marker)
+    )
+    return params, {*stop_ids, reader.tokenizer.pad_token_id}

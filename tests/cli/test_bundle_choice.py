@@ -110,9 +110,12 @@ def test_the_final_figures_come_from_the_bundle_on_disk(end_run, monkeypatch):
     folder = end_run()
     ranks, _ = read_ranks(folder)
     assert set(ranks["rank"]) == {7} and set(ranks["reasoning"]) == {str(folder / "bundle")}
-    figures = json.loads((folder / "metrics.json").read_text())["after"]["unmasked"]["model"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    figures = metrics["after"]["unmasked"]["model"]
     recorded = json.loads((folder / "bundle" / "bundle.json").read_text())["metrics"]["after"]["unmasked"]["model"]
     assert figures == recorded and figures["hit@10"]["value"] == 1 and figures["hit@5"]["value"] == 0
+    kept = json.loads((folder / "bundle" / "bundle.json").read_text())["metrics"]["reasoning_none"]
+    assert kept["protocol"]["settings"]["reasoning"] == "none" and kept["protocol"] != metrics["after"]["protocol"]
 
 
 def test_a_run_in_bfloat16_leaves_a_bundle_that_says_so(end_run):

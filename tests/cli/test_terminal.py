@@ -73,7 +73,8 @@ def reports(monkeypatch, console, seconds, **settings):
 
 def test_a_line_every_ten_seconds_and_one_at_the_end(monkeypatch):
     text = reports(monkeypatch, lines_console(), [0, 4, 11, 15, 22, 23])
-    assert text == "encoding: 2 of 5, 11 s\nencoding: 4 of 5, 22 s\nencoding: 5 of 5, 23 s\n"
+    rates = ("2 of 5, 11 s, 0.2 a second, 16 s left", "4 of 5, 22 s, 0.2 a second, 6 s left")
+    assert text == "".join(f"encoding: {line}\n" for line in (*rates, "5 of 5, 23 s, 0.2 a second, 0 s left"))
 
 
 def test_short_work_and_other_processes_are_silent(monkeypatch):

@@ -20,10 +20,10 @@ KEY = {"Authorization": f"Bearer {TOKEN}".encode()}
 class Served:
     """A server in a thread of this process, on a free port."""
 
-    def __init__(self, folder, token=TOKEN, mount=None, **limits):
+    def __init__(self, folder, token=TOKEN, mount=None, writer=None, **limits):
         torch.set_num_threads(1)
         self.recommender = Recommender.from_pretrained(folder)
-        app = make_app(self.recommender, Limits(**limits), token, mount)
+        app = make_app(self.recommender, Limits(**limits), token, mount, writer)
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

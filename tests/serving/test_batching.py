@@ -74,3 +74,61 @@ def test_closing_answers_what_is_waiting(own):
         time.sleep(0.2)
         server.close()
         assert [answer.result().status_code for answer in waiting] == [200] * 4
+
+
+class SlowWriter:
+    """Writes as the model does, one token a turn for every prompt that is there, on a thread of its own."""
+
+    alive = True
+
+    def __init__(self, bundle):
+        self.bundle, self.pool, self.turns = bundle, concurrent.futures.ThreadPoolExecutor(8), {}
+        self.gate = threading.Event()
+
+    def write(self, prompt_ids, heard):
+        def run():
+            [rollout] = self.bundle.reasoner(None)([prompt_ids], self.bundle.meta.protocol.max_completion_length)
+            ids = []
+            for token in rollout.ids:
+                ids.append(token)
+                if len(ids) == 3:
+                    self.gate.wait(20)
+                self.turns[tuple(prompt_ids)] = len(ids)
+                if heard(ids):
+                    break
+            return rollout
+
+        return self.pool.submit(run)
+
+    def close(self):
+        self.pool.shutdown()
+
+
+def test_a_writer_begins_one_while_others_are_written(own):
+    """Reasonings of a writer join and leave on their own, are heard as they come, and are counted by the bound."""
+    library = Recommender.from_pretrained(own)
+    writer, pieces = SlowWriter(Recommender.from_pretrained(own).bundle), []
+    batcher = Batcher(library, writer=writer, max_queue=3)
+    [first] = batcher.submit([{"history": ["i00", "i01"]}], 30, [pieces.append])
+    while 2 not in writer.turns.values():
+        time.sleep(0.01)
+    [gone] = batcher.submit([{"history": ["i05"]}], 30)
+    while len(writer.turns) < 2:
+        time.sleep(0.01)
+    assert batcher.waiting == 2 and not first.future.done() and writer.alive and batcher.alive
+    [quick] = batcher.submit([{"history": ["i02"], "reasoning": "none"}], 30)
+    assert quick.future.result(30) == Recommender.from_pretrained(own).recommend([["i02"]], reasoning="none")[0]
+    with pytest.raises(Refused, match="2 users are waiting"):
+        batcher.submit([{"history": ["i00"]}] * 2, 30)
+    gone.future.cancel()
+    writer.gate.set()
+    [expected] = Recommender.from_pretrained(own).recommend([["i00", "i01"]])
+    assert first.future.result(30).reasoning == expected.reasoning and first.timings["written"] > 0
+    assert [item.item_id for item in first.future.result().items] == [item.item_id for item in expected.items]
+    assert "".join(pieces).strip() == expected.reasoning
+    writer.write = lambda *_: 1 / 0
+    [broken] = batcher.submit([{"history": ["i00"]}], 30)
+    with pytest.raises(ZeroDivisionError):
+        broken.future.result(30)
+    batcher.close()
+    assert batcher.waiting == 0 and sorted(writer.turns.values())[0] == 3  # who left was written no further

@@ -139,4 +139,4 @@ def test_the_price_of_no_reasoning_is_the_bundles_own():
     metrics = {"before": report("full", 0.1), "after": report("full", 0.3628), "reasoning_none": report("none", 0.2)}
     assert reasoning_price(metrics) == "NDCG@10 on the test split is 0.363 with reasoning and 0.200 without."
     metrics.pop("reasoning_none")
-    assert "no figures without reasoning" in reasoning_price(metrics) == reasoning_price({"x": None})
+    assert "does not hold figures with and without" in reasoning_price(metrics) == reasoning_price({"x": None})

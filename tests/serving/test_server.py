@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason='needs `pip install "r2ec_trl[serve]"`')
 httpx = pytest.importorskip("httpx", reason="the test's client")
-from served import KEY, Served, same  # noqa: E402
+from served import KEY, Served, batcher_of, same  # noqa: E402
 
 from r2ec_trl.bundle.bundle import Bundle  # noqa: E402
 from r2ec_trl.serving.recommender import Recommender  # noqa: E402
@@ -104,6 +105,47 @@ def test_a_bad_question_harms_no_other(served, library):
     assert {answer.result().status_code for answer in bad} == {422}
     for n, answer in enumerate(good):
         same(answer.result().json()["users"][0], library.recommend([ids[n : n + 2]])[0])
+
+
+def test_an_unexpected_error_is_a_500_that_harms_no_other(own, monkeypatch):
+    """Whether it comes from the model, on its thread, or from a route: JSON that says what failed, and no more."""
+    server, answer = Served(own, window=0.2), Recommender.answer
+
+    def breaks(self, questions, watch=None):
+        if any(question.user.get("user_id") == "poison" for question in questions):
+            raise ZeroDivisionError("a secret")
+        return answer(self, questions, watch)
+
+    monkeypatch.setattr(Recommender, "answer", breaks)
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        good = [pool.submit(server.ask, ["i00"]) for _ in range(4)]
+        bad = pool.submit(server.ask, {"user_id": "poison", "history": ["i00"]}).result()
+    assert [one.result().status_code for one in good] == [200] * 4
+    failed = {"error": "The server failed (ZeroDivisionError); its log says where."}
+    assert (bad.status_code, bad.json()) == (500, failed)
+    monkeypatch.setattr(type(batcher_of(server)), "submit", lambda *args: 1 / 0)
+    broken = server.ask(["i00"])
+    assert (broken.status_code, broken.json()) == (500, failed)
+    assert server.client.get("/healthz").status_code == 200
+    monkeypatch.undo()
+    assert server.ask(["i00"]).status_code == 200
+    server.close()
+
+
+def test_no_reasoning_is_said_with_its_price(own):
+    def report(mode, value):
+        figures = {"model": {"ndcg@10": {"value": value}}}
+        return {"protocol": {"settings": {"reasoning": mode}}, "unmasked": figures}
+
+    server = Served(own)
+    metrics = {"after": report("full", 0.3), "reasoning_none": report("none", 0.25)}
+    bundle = server.recommender.bundle
+    bundle.meta = dataclasses.replace(bundle.meta, metrics=metrics)
+    price = "NDCG@10 on the test split is 0.300 with reasoning and 0.250 without."
+    assert server.ask(["i00"], reasoning="none").json()["price"] == price
+    assert "price" not in server.ask(["i00"]).json()
+    assert server.client.get("/readyz").json() == {"status": "ready", "reasoning": "full", "price": price}
+    server.close()
 
 
 # --------------------------------------------------------------------------- streaming
@@ -317,6 +359,8 @@ def test_overload_is_refused_and_forgotten(served_folder, library):
         answer = client.post("/v1/recommend", json={"users": [{"history": histories[number % 30]}]})
         if answer.status_code == 200:
             same(answer.json()["users"][0], expected[number % 30])
+        else:
+            assert int(answer.headers["Retry-After"]) >= 1
         return answer.status_code
 
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
