@@ -8,14 +8,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import write_json
-from r2ec_trl.policy.prompts import PromptConfig
+from r2ec_trl.policy.prompts import LATER_FIELDS, PromptConfig
 from r2ec_trl.policy.settings import SIMILARITIES
 
 logger = logging.getLogger(__name__)

@@ -287,7 +287,7 @@ def write_evaluation(
     facts: Mapping[str, Any],
     strangers: pl.DataFrame | None = None,
 ) -> dict[str, Any]:
-    """Write, print and return what recipes/evaluate.py measured: one report of one reasoning mode; see [`full_report`]."""
+    """Write, print and return one report of one reasoning mode for recipes/evaluate.py; see [`full_report`]."""
     frame = described(frame, dataset, test)
     write_report(folder, {"protocol": facts}, frame)  # whatever fails from here on, the ranks are kept
     baselines = baseline_frames(dataset, test, card["synthetic"])

@@ -1,5 +1,6 @@
 """Damaged, crashed and shared bundles: refused or still right, never a wrong answer, nothing reported done is lost."""
 
+import dataclasses
 import json
 import os
 import random
@@ -264,3 +265,17 @@ def test_kills_at_random_moments_lose_nothing(own, tmp_path, job):
 def test_the_seal_is_that_of_what_is_read(own):
     meta = read_meta(own)
     assert meta.seal() == meta.hashes["settings"] == read_meta(own).sealed().hashes["settings"]
+
+
+def test_a_seal_of_before_a_prompt_field_came_holds(own):
+    meta = read_meta(own)
+    prompts = dataclasses.asdict(meta.prompts)
+    older = {name: value for name, value in prompts.items() if name != "no_history"}
+    values = {**json.loads((own / "bundle.json").read_text()), "prompts": older}
+    values["hashes"]["settings"] = meta.seal(["no_history"])
+    (own / "bundle.json").write_text(json.dumps(values))
+    assert values["hashes"]["settings"] != meta.seal() and Bundle.load(own).meta.prompts == meta.prompts
+    values["prompts"]["no_history"] = "other"
+    (own / "bundle.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="differ|other prompts"):
+        Bundle.load(own)
