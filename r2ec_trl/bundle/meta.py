@@ -104,7 +104,7 @@ class BundleMeta:
     hashes: dict[str, str] = field(default_factory=dict)
 
     def seal(self, without: Collection[str] = ()) -> str:
-        """SHA-256 over everything but where the base lies, and prompt fields that were not there when it was sealed."""
+        """SHA-256 over everything but where the base lies, and prompt fields that came after it."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))  # as they are read back
         values["prompts"] = {name: value for name, value in values["prompts"].items() if name not in without}
         values["hashes"] = {name: value for name, value in self.hashes.items() if name != SEAL}
