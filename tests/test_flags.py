@@ -26,6 +26,8 @@ from r2ec_trl.metrics import ndcg_at_k
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.serving.messages import reasoning_price
+from r2ec_trl.serving.recommender import Recommender
+from r2ec_trl.serving.users import KEYS
 from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
 from r2ec_trl.training.recpo_config import RecPOConfig
 
@@ -293,6 +295,84 @@ def test_recpo_recipe(launch, warm, shop_folder, tiny_model_folder, tmp_path, ca
     assert "target, rank" in text  # rollouts are shown unless one says 0
     new = load_file(tmp_path / "two" / "adapter_model.safetensors")
     assert all(old[name].equal(new[name]) for name in old)
+
+
+@pytest.fixture(scope="module")
+def one_step(launch, shop_folder, tiny_model_folder, tmp_path_factory):
+    """`one_step(*words)`: the folder of a RecPO run of one step with these flags."""
+
+    def train(*words):
+        out = tmp_path_factory.mktemp("step")
+        (out / "empty.yaml").write_text("{}\n")
+        base = [
+            "--config",
+            out / "empty.yaml",
+            "--dataset",
+            shop_folder,
+            "--learning_rate",
+            "1e-3",
+            *SHORT,
+            *RECPO[:-2],
+        ]
+        base += [
+            "--model_name_or_path",
+            tiny_model_folder("llama"),
+            "--seed",
+            3,
+            "--max_steps",
+            1,
+            "--dtype",
+            "float32",
+        ]
+        launch("recpo", *base, "--eval_strategy", "no", *words, out=out / "run")
+        return out / "run"
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def plain_step(one_step):
+    return one_step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag, values",
+    [
+        ("bf16", ["true"]),
+        ("dtype", ["bfloat16"]),
+        ("attn_implementation", ["eager"]),
+        ("max_completion_length", ["3"]),
+        ("model_name_or_path", ["qwen2"]),
+    ],
+)
+def test_an_option_holds_in_every_place(one_step, plain_step, flag, values, shop, shop_folder, tiny_model_folder):
+    """
+    It changes training, the evaluation of the start and the items' rows; the bundle says so and answers as the run
+    did, recommendations are those of the evaluation. Another attention changes no figure: there the record is seen.
+    """
+    values = [str(tiny_model_folder(values[0]))] if flag == "model_name_or_path" else values
+    out = one_step(f"--{flag}", *values)
+    plain, bundle = Bundle.load(plain_step / "bundle"), Bundle.load(out / "bundle")
+    (old, _), (new, _) = read_ranks(plain_step / "before"), read_ranks(out / "before")
+    losses = [json.loads((folder / "log_history.json").read_text())[0]["loss"] for folder in (plain_step, out)]
+    rows = [one.table.rows for one in (plain, bundle)]
+    if flag == "attn_implementation":
+        assert bundle.model.config._attn_implementation == "eager" != plain.model.config._attn_implementation
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    else:
+        assert losses[0] != losses[1] and not old["logprob"].equals(new["logprob"])
+        assert rows[0].shape != rows[1].shape or not rows[0].equal(rows[1])
+    if flag == "max_completion_length":
+        assert max(new["reasoning_tokens"]) == 3 == bundle.meta.protocol.max_completion_length
+    assert (bundle.meta.protocol.mixed_precision == "bf16") == (flag == "bf16")
+    assert (bundle.meta.dtype == "bfloat16") == (flag == "dtype")
+    assert bundle.staleness()["max_drift"] < 1e-9
+    mine, theirs = bundle.evaluate(shop["test"]), read_ranks(out)[0]
+    assert mine["rank"].to_list() == theirs["rank"].to_list() and mine["logprob"].equals(theirs["logprob"])
+    users = [{key: row[key] for key in KEYS if key in row} for row in shop["test"]]
+    given = Recommender(bundle).recommend(users, k=1, exclude_history=False)
+    assert [one.items[0].item_id for one in given] == [items[0] for items in mine["top_item_ids"]]
 
 
 def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):

@@ -26,11 +26,12 @@ OBEYED: dict[str, str] = {  # name: the test in which it changes what we do
         ),
         "tests/test_distributed.py::test_same_numbers_under_other_settings",
     ),
-    **dict.fromkeys(
-        ("num_generations", "max_completion_length", "scale_rewards", "reward_weights"),
-        "tests/training/test_recpo_config.py::test_defaults_are_the_papers",
+    "num_generations": "tests/training/test_recpo_trainer.py::test_a_user_gets_as_many_rollouts_as_are_asked_for",
+    "scale_rewards": "tests/test_mistakes.py::test_5_rloo_is_leave_one_out_and_sums_to_zero",
+    "reward_weights": "tests/training/test_recpo_trainer.py::test_several_rewards_with_weights_none_and_async",
+    "multi_objective_aggregation": (
+        "tests/training/test_recpo_trainer.py::test_equal_rewards_teach_nothing_and_break_nothing"
     ),
-    "multi_objective_aggregation": "tests/training/test_recpo_config.py::test_refuses",
     "mask_truncated_completions": (
         "tests/training/test_recpo_trainer.py::test_truncated_rollouts_are_masked_and_carry_no_item_term"
     ),
@@ -40,22 +41,23 @@ OBEYED: dict[str, str] = {  # name: the test in which it changes what we do
     "optim": "tests/training/test_optimizer.py::test_a_gpu_gets_the_papers_optimizer_and_a_cpu_the_plain_one",
     **dict.fromkeys(
         ("metric_for_best_model", "greater_is_better"),
-        "tests/training/test_recpo_config.py::test_best_model_is_chosen_by_validation_ndcg",
+        "tests/evaluation/test_users.py::test_best_model_and_early_stopping_by_hfs_flags",
     ),
     **dict.fromkeys(
         ("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
         "tests/training/test_recpo_config.py::test_importance_correction_is_off_under_truncated_sampling",
     ),
     **dict.fromkeys(
-        ("bf16", "fp16", "dtype", "attn_implementation"),
-        "tests/cli/test_bundle_choice.py::test_a_run_in_bfloat16_is_loaded_as_one",
+        ("bf16", "dtype", "attn_implementation", "max_completion_length", "model_name_or_path"),
+        "tests/test_flags.py::test_an_option_holds_in_every_place",
     ),
+    "fp16": "tests/cli/test_bundle_choice.py::test_a_run_in_bfloat16_is_loaded_as_one",  # the same autocast
     **dict.fromkeys(
         ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
         "tests/training/test_optimizer.py::test_qlora_steps_leave_the_base_as_it_was_bit_for_bit",
     ),
     **dict.fromkeys(
-        ("model_name_or_path", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"),
+        ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"),
         "tests/policy/test_options.py::test_lora_options_reach_the_adapter",
     ),
     **dict.fromkeys(

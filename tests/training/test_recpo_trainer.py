@@ -520,6 +520,15 @@ def test_equal_rewards_teach_nothing_and_break_nothing(make_trainer, replay, sam
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_user_gets_as_many_rollouts_as_are_asked_for(make_trainer, size):
+    trainer = make_trainer(num_generations=size, per_device_train_batch_size=8, max_steps=1)
+    (generation,) = record(trainer).generations
+    users = [row["user_id"] for row in generation.rows]
+    assert [users.count(user) for user in dict.fromkeys(users)] == [size] * (8 // size)
+    assert users == sorted(users, key=users.index)  # side by side
+
+
 # ---------------------------------------------------------------------------------------------------- loss types
 @pytest.mark.parametrize("name", ["grpo", "sapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo"])
 def test_an_item_weighs_like_one_more_token_under_each_loss_type(make_trainer, replay, monkeypatch, name):
