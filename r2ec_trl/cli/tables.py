@@ -109,6 +109,25 @@ def beyond_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def systems_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Reports of many systems on the same rows, a line each."""
+    table = Table(
+        title=_title(next(iter(reports.values()))), caption=f"{PERCENT} bootstrap interval of users in brackets"
+    )
+    table.add_column("")
+    columns = [(mask, metric) for mask in MASKS for metric in ("hit@10", "ndcg@10")]
+    for mask, metric in columns:
+        table.add_column(f"{_metric_name(metric)}\n{mask}", justify="right")
+    for name in ("NDCG@10\ncold targets", "coverage@10", "Gini@10"):
+        table.add_column(name, justify="right")
+    for name, report in reports.items():
+        cells = [_figure(report[mask]["model"][metric], 3) for mask, metric in columns]
+        cold, given = report["slices"]["targets"]["cold"], report["beyond_accuracy"]["model"]
+        cells.append(_figure(cold["unmasked"]["model"]["ndcg@10"], 3) if cold["rows"] else "no row")
+        table.add_row(name.replace("_", " "), *cells, f"{given['coverage@10']:.1%}", f"{given['gini@10']:.3f}")
+    return table
+
+
 def _title(result: Mapping[str, Any]) -> str:
     return f"{result['rows']:,} rows of {result['users']:,} users"
 

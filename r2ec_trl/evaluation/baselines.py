@@ -38,7 +38,7 @@ def baseline_frame(baseline: Baseline, dataset: Rows) -> pl.DataFrame:
     `rank_masked`, `top_item_ids`.
     """
     item_ids = list(baseline.index)
-    rank, rank_masked, best = map(list, zip(*baseline.answers(_positions(dataset, baseline.index)), strict=True))
+    rank, rank_masked, best = map(list, zip(*baseline.answers(positions(dataset, baseline.index)), strict=True))
     return pl.DataFrame(
         {
             "user_id": dataset["user_id"][:],
@@ -131,7 +131,7 @@ class CountingBaseline:
             `tuple[numpy.ndarray, numpy.ndarray]`: the rank of each row's target, and its rank with the history masked
             (N + 1, a miss, if the target is a history item itself).
         """
-        pairs = [(rank, masked) for rank, masked, _ in self.answers(_positions(dataset, self.index))]
+        pairs = [(rank, masked) for rank, masked, _ in self.answers(positions(dataset, self.index))]
         rank, rank_masked = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         return rank, rank_masked
 
@@ -218,7 +218,7 @@ def item_to_item(train: Rows, item_ids: Sequence[str], max_history_items: int = 
     earlier: list[int] = []
     later: list[int] = []
     distances: list[int] = []
-    for history, target in _positions(train, index):
+    for history, target in positions(train, index):
         history = history[-max_history_items:]
         earlier += history
         later += [target] * len(history)
@@ -234,10 +234,10 @@ def item_to_item(train: Rows, item_ids: Sequence[str], max_history_items: int = 
 
 
 def _popularity(train: Rows, index: Mapping[str, int]) -> NDArray[np.int64]:
-    return np.bincount([target for _, target in _positions(train, index)], minlength=len(index))
+    return np.bincount([target for _, target in positions(train, index)], minlength=len(index))
 
 
-def _positions(dataset: Rows, index: Mapping[str, int]) -> list[tuple[list[int], int]]:
+def positions(dataset: Rows, index: Mapping[str, int]) -> list[tuple[list[int], int]]:
     """History and target of each row as positions in the catalogue."""
     try:
         return [
