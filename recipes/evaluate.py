@@ -38,8 +38,9 @@ from r2ec_trl.cli.run_end import write_evaluation
 from r2ec_trl.cli.run_start import check_writable, first_rows
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.comparison import differences
 from r2ec_trl.evaluation.reasoning_audit import COUNTED_MODES, audit_modes, audit_reasoning, split_mode
-from r2ec_trl.evaluation.report import MASKS, differences, finite, protocol, read_ranks
+from r2ec_trl.evaluation.report import MASKS, finite, protocol, read_ranks
 from r2ec_trl.evaluation.sampling import most_likely, sample_users
 from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows, without_histories
 from r2ec_trl.files import write_json, write_with

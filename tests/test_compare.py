@@ -18,22 +18,39 @@ def compare(monkeypatch, *words):
     runpy.run_path(str(RECIPE), run_name="__main__")
 
 
-def write(folder, ranks, users="uuvw", **settings):
+def write(folder, ranks, users="uuvw", split="test", **settings):
     frame = pl.DataFrame({"user_id": list(users), "target": list("abac"), "rank": ranks, "rank_masked": ranks})
-    card = {"source": "shop", "sha256": {"test": "aa", "items": "bb"}, "counts": {"items": 9}}
-    write_report(folder, report(frame, {}, protocol(card, settings, seed=0)), frame)
+    card = {"source": "shop", "sha256": {"test": "aa", "validation": "aa", "items": "bb"}, "counts": {"items": 9}}
+    write_report(folder, report(frame, {}, protocol(card, settings, 0, split)), frame)
     return folder
 
 
 def test_two_folders(tmp_path, monkeypatch, capsys):
     before = write(tmp_path / "before", (1, 3, 2, 10), reasoning="none")
     after = write(tmp_path / "after", (1, 1, 1, 10), reasoning="full")
-    output = tmp_path / "comparison.json"
-    compare(monkeypatch, "--before", before, "--after", after, "--cutoffs", 1, "--output", output)
+    output, figure = tmp_path / "comparison.json", tmp_path / "comparison.png"
+    words = ["--before", before, "--after", after, "--metrics", "hit@1", "--seed", 3]
+    compare(monkeypatch, *words, "--output", output, "--figure", figure)
     assert "settings.reasoning: none -> full" in capsys.readouterr().out
     comparison = json.loads(output.read_text())
-    assert comparison["unmasked"]["hit@1"]["difference"] == 0.5
-    assert comparison["protocol_differences"] == {"settings.reasoning": ["none", "full"]}
+    assert comparison["systems"][str(after)]["unmasked"]["hit@1"]["difference"] == 0.5
+    assert set(comparison["systems"][str(after)]["masked"]) == {"hit@1"}
+    assert comparison["protocol_differences"][str(after)] == {"settings.reasoning": ["none", "full"]}
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
+    ranks = {"warm0": (1, 3, 2, 10), "warm1": (2, 3, 2, 10), "new0": (1, 1, 1, 10), "new1": (1, 2, 1, 10)}
+    folders = {name: write(tmp_path / name, of) for name, of in {**ranks, "old": (9, 9, 9, 9)}.items()}
+    output = tmp_path / "comparison.json"
+    compare(
+        monkeypatch, "--before", f"warm={folders['warm0']}", f"warm={folders['warm1']}",
+        "--after", f"new={folders['new0']}", f"old={folders['old']}", f"new={folders['new1']}", "--output", output,
+    )  # fmt: skip
+    text, comparison = capsys.readouterr().out, json.loads(output.read_text())
+    assert comparison["runs"] == {"before": 2, "new": 2, "old": 1} and comparison["reference"] == "warm"
+    assert comparison["folders"]["new"] == [str(folders["new0"]), str(folders["new1"])] and "new (2 seeds)" in text
+    assert comparison["family"] == 8 and list(comparison["systems"]["old"]["masked"]) == ["hit@10", "ndcg@10"]
 
 
 @pytest.mark.parametrize(
@@ -42,14 +59,18 @@ def test_two_folders(tmp_path, monkeypatch, capsys):
         (["--after", "{other}"], "of the same users and targets"),
         (["--after", "{none}"], "holds no ranks.parquet"),
         (["--after", "{before}", "--afterr", "x"], "unknown flag '--afterr'"),
-        (["--after", "{before}", "--cutoffs", "0"], "The cutoff is 0"),
+        (["--after", "{before}", "--metrics", "hit@0"], "The cutoff is 0"),
+        (["--after", "{before}", "--metrics", "auc@5"], "`auc@5` is no metric"),
+        (["--after", "{split}"], "before and {split} cannot be compared: their protocols differ in split ('test' and"),
+        (["--after", "{before}", "--before", "a={before}", "b={before}"], "--before is one system, not a, b"),
         (["--after", "{before}", "--output", "{before}"], "cannot be written"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, sentence):
     folders = {"before": write(tmp_path / "before", (1, 3, 2, 10)), "none": tmp_path / "none"}
+    folders["split"] = write(tmp_path / "split", (1, 3, 2, 10), split="validation")
     folders["other"] = write(tmp_path / "other", (10, 2, 3, 1), users="wvuu")
     with pytest.raises(SystemExit) as caught:
         compare(monkeypatch, "--before", folders["before"], *(word.format(**folders) for word in words))
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and sentence in error and error.count("\n") == 1
+    assert caught.value.code == 2 and sentence.format(**folders) in error and error.count("\n") == 1

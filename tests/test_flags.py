@@ -51,7 +51,7 @@ FLAGS = {
     "engine": ("vllm_backend/test_engine.py", ""),
     **dict.fromkeys(["audit", "beside"], (HERE, "test_reasoning_audit_recipe")),
     **dict.fromkeys(["rollouts", "num_generations", "temperature"], (HERE, "test_try_reward_recipe")),
-    **dict.fromkeys(["before", "after", "cutoffs", "output"], ("test_compare.py", "test_two_folders")),
+    **dict.fromkeys(["before", "after", "metrics", "output", "figure"], ("test_compare.py", "test_two_folders")),
     **dict.fromkeys(["reward_mix", "reward_cutoff"], ("test_rewards.py", "")),
     **dict.fromkeys(["advantage", "item_coef", "item_negatives", "item_credit"], ("training/test_objective.py", "")),
     "token_coef": (TRAINER, ""),

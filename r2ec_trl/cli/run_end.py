@@ -27,7 +27,8 @@ from r2ec_trl.cli.tables import beyond_table, report_table, run_table, slice_tab
 from r2ec_trl.cli.terminal import printable
 from r2ec_trl.data.demo import oracle_ranks, right_reasoning
 from r2ec_trl.evaluation.baselines import baseline_frame, item_to_item, popularity
-from r2ec_trl.evaluation.report import compare_frames, protocol, report, write_report
+from r2ec_trl.evaluation.comparison import compare_frames
+from r2ec_trl.evaluation.report import protocol, report, write_report
 from r2ec_trl.evaluation.slices import TOP, describe_rows, target_counts
 from r2ec_trl.evaluation.users import gather_rows, without_histories
 from r2ec_trl.items.sliced_table import SlicedTable

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
+from r2ec_trl.cli.terminal import printable
 from r2ec_trl.evaluation.report import MASKS
 from r2ec_trl.metrics import PERCENT
 
@@ -53,26 +55,32 @@ def run_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """A table of [`~r2ec_trl.evaluation.report.compare_frames`]; differences whose interval excludes 0 stand out."""
-    table = Table(
-        title=_title(comparison), caption=f"bold: the {PERCENT} interval of the paired difference excludes 0"
-    )
-    for name in ("history", "metric"):
-        table.add_column(name)
-    for name in ("before", "after", "difference"):
+def comparison_table(comparison: Mapping[str, Any], reference: str = "before") -> Table:
+    """
+    A table of [`~r2ec_trl.evaluation.comparison.compare_runs`]; differences whose interval excludes 0 stand out.
+    """
+    seeds = max(comparison["runs"].values()) > 1
+    caption = f"bold: the {PERCENT} interval of the paired difference, over users{' and seeds' * seeds}, excludes 0\n"
+    caption += f"p: sign flips over users; Holm: corrected for the {comparison['family']} tests shown"
+    table = Table(title=_title(comparison), caption=caption)
+    for name in ("", "history", "metric"):
+        table.add_column(name, no_wrap=not name)
+    for name in (escape(printable(reference)), "", "difference", "p", "Holm"):
         table.add_column(name, justify="right")
-    for mask in MASKS:
-        for number, (metric, figure) in enumerate(comparison[mask].items()):
-            table.add_row(
-                "" if number else mask,
-                _metric_name(metric),
-                f"{figure['before']:.4f}",
-                f"{figure['after']:.4f}",
-                difference_cell(figure),
-            )
+    for system, masks in comparison["systems"].items():
+        runs = comparison["runs"][system]
+        label = escape(printable(system)) + (f" ({runs} seeds)" if seeds else "")
+        for mask, figures in masks.items():
+            for metric, figure in figures.items():
+                cells = (f"{figure['before']:.4f}", f"{figure['after']:.4f}", difference_cell(figure))
+                table.add_row(label, mask, _metric_name(metric), *cells, _p(figure["p"]), _p(figure["p_holm"]))
+                label = ""
         table.add_section()
     return table
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "<.0001"
 
 
 def slice_table(report: Mapping[str, Any]) -> Table:
@@ -114,7 +122,7 @@ def systems_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(
         title=_title(next(iter(reports.values()))), caption=f"{PERCENT} bootstrap interval of users in brackets"
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     columns = [(mask, metric) for mask in MASKS for metric in ("hit@10", "ndcg@10")]
     for mask, metric in columns:
         table.add_column(f"{_metric_name(metric)}\n{mask}", justify="right")
@@ -123,7 +131,7 @@ def systems_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, report in reports.items():
         cells = [_figure(report[mask]["model"][metric], 3) for mask, metric in columns]
         cold, given = report["slices"]["targets"]["cold"], report["beyond_accuracy"]["model"]
-        cells.append(_figure(cold["unmasked"]["model"]["ndcg@10"], 3) if cold["rows"] else "no row")
+        cells.append(figure_cell(cold["unmasked"]["model"]["ndcg@10"], 3) if cold["rows"] else "no row")
         table.add_row(name.replace("_", " "), *cells, f"{given['coverage@10']:.1%}", f"{given['gini@10']:.3f}")
     return table
 

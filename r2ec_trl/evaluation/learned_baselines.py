@@ -23,7 +23,8 @@ Tried: TypeAlias = tuple[dict[str, Any], Baseline]
 Paths: TypeAlias = Iterator[Iterable[Tried]]  # each from less training to more
 
 EASE: dict[str, tuple] = {"regularization": (20.0, 100.0, 500.0, 2000.0), "history_items": (1, 5, 20)}
-SASREC = HSTU = {"n_factors": (64,), "dropout_rate": (0.2, 0.5)}
+SASREC: dict[str, tuple] = {"n_factors": (64,), "dropout_rate": (0.2, 0.5)}
+HSTU: dict[str, tuple] = {"n_factors": (64,), "dropout_rate": (0.2,), "logits_t": (0.05, 0.1)}
 TEXT = {"decay": (0.0, 1.0), "history_items": (1, 5, 20)}  # a purchase k steps back weighs 1 / k^decay
 STEP_EPOCHS, MAX_EPOCHS, PATIENCE = 10, 100, 2  # neural ones: validated every so many epochs, patience in such steps
 _FIXED = {"n_blocks": 2, "n_heads": 2, "lr": 1e-3, "batch_size": 128, "loss": "softmax"}
@@ -116,7 +117,10 @@ def recent_popularity(train: Rows, item_ids: Sequence[str]) -> Paths:
 
 
 def ease(train: Rows, item_ids: Sequence[str], grid: dict[str, tuple] | None = None) -> Paths:
-    """EASE: a linear item-item model in closed form, fed with the newest `history_items` purchases of a user."""
+    """
+    EASE: a linear item-item model in closed form, fed with the newest `history_items` purchases of a user. Scores are
+    the paper's, x B; RecTools' own `recommend` multiplies with the transpose of its weights (0.19).
+    """
     from rectools.models import EASEModel
 
     index = {item_id: position for position, item_id in enumerate(item_ids)}
@@ -143,9 +147,10 @@ def hstu(train: Rows, item_ids: Sequence[str], max_history_items: int, seed: int
     """HSTU of RecTools, without its attention over times, which not all datasets have; see [`transformers`]."""
     from rectools.models import HSTUModel
 
-    return transformers(
-        partial(HSTUModel, relative_time_attention=False), HSTU, train, item_ids, max_history_items, seed
-    )
+    def make(logits_t: float, **settings: Any) -> Any:  # cosines need a temperature, which is 1 by default
+        return HSTUModel(relative_time_attention=False, lightning_module_kwargs={"logits_t": logits_t}, **settings)
+
+    return transformers(make, HSTU, train, item_ids, max_history_items, seed)
 
 
 def transformers(
@@ -199,7 +204,7 @@ def transformers(
 
 def text_neighbours(train: Rows, items: Any, encoder: str) -> Paths:
     """
-    Items whose texts are nearest (cosine) to those of the newest purchases, by a sentence encoder that saw no purchase.
+    Items whose texts are nearest (cosine) to those of the newest purchases; the sentence encoder saw no purchase.
 
     Args:
         train ([`~datasets.Dataset`]), items ([`~datasets.Dataset`]):
@@ -282,8 +287,7 @@ def _session_scores(
         sessions[row, length - len(newest) :] = torch.tensor(newest)
     rows = model.item_model.get_all_embeddings()
     states = model.encode_sessions({"x": sessions}, rows)[:, -1, :]
-    similarity = model.similarity_module
-    scores = similarity.session_tower_forward(states) @ similarity.item_tower_forward(rows).T
+    scores = model.similarity_module(states, rows)
     return _spread(scores[:, extra:].numpy(), known, items)
 
 

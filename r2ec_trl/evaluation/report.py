@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.slices import TOP, beyond_accuracy, slices_of
 from r2ec_trl.files import write_json, write_with
-from r2ec_trl.metrics import CUTOFFS, KINDS, PERCENT, RESAMPLES, bootstrap_interval, metric_values, paired_bootstrap
+from r2ec_trl.metrics import CUTOFFS, KINDS, PERCENT, RESAMPLES, bootstrap_interval, metric_values
 
 METRICS_FILE = "metrics.json"
 RANKS_FILE = "ranks.parquet"
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 MASKS = {"unmasked": "rank", "masked": "rank_masked"}  # name in the report -> column of the frame
 
-# What two results may differ in and still be compared: it is what a comparison is about.
-_FREE = ("seed", "settings", "versions")
 _PROTOCOL_KEY = b"protocol"
 _COLUMNS = {"user_id": pl.String, "target": pl.String, "rank": pl.Int64, "rank_masked": pl.Int64}
 
@@ -135,7 +133,7 @@ def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any], fram
     """
     table = frame.to_arrow().replace_schema_metadata({_PROTOCOL_KEY: json.dumps(report["protocol"])})
     write_with(Path(folder) / RANKS_FILE, lambda file: pq.write_table(table, file))
-    wrong = [key for key, value in _flat(report).items() if isinstance(value, float) and not math.isfinite(value)]
+    wrong = [key for key, value in flat(report).items() if isinstance(value, float) and not math.isfinite(value)]
     if wrong:
         logger.warning("%s: %s is no finite number; written as null.", Path(folder) / METRICS_FILE, ", ".join(wrong))
     write_json(Path(folder) / METRICS_FILE, finite(report))
@@ -171,63 +169,6 @@ def read_ranks(folder: str | os.PathLike[str]) -> tuple[pl.DataFrame, dict[str, 
     return frame.cast(_COLUMNS), found  # type: ignore[arg-type]
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two protocols differ in: dotted key -> both values. A [`UserError`] if they cannot be compared.
-
-    They cannot if they differ in anything but seed, settings and versions: split, catalogue, ties, mask.
-    """
-    one, other = _flat(before), _flat(after)
-    found = {key: (one.get(key), other.get(key)) for key in sorted({*one, *other}) if one.get(key) != other.get(key)}
-    for key, values in found.items():
-        if key.split(".")[0] not in _FREE:
-            raise UserError(
-                f"The results cannot be compared: their protocols differ in {key} ({values[0]!r} and {values[1]!r}); "
-                "evaluate both on the same dataset folder and split."
-            )
-    return found
-
-
-def compare_frames(
-    before: pl.DataFrame, after: pl.DataFrame, ks: Sequence[int] = CUTOFFS, seed: int = 0
-) -> dict[str, Any]:
-    """Paired differences of two evaluations of the same rows, each with its bootstrap interval.
-
-    Args:
-        before (`polars.DataFrame`):
-            Frame of the first evaluation.
-        after (`polars.DataFrame`):
-            Frame of the second: same users and targets in the same order.
-        ks (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`):
-            Cutoffs.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap.
-
-    Returns:
-        `dict`: `rows`, `users`, and under `unmasked` and `masked`: metric -> `before`, `after`, `difference`, `low`,
-        `high`.
-    """
-    if before.height != after.height or not before.select("user_id", "target").equals(
-        after.select("user_id", "target")
-    ):
-        raise UserError(
-            f"The results cannot be compared: they are not of the same users and targets ({before.height} and "
-            f"{after.height} rows); evaluate both on the same rows."
-        )
-    users = before["user_id"].to_numpy()
-    result: dict[str, Any] = {"rows": before.height, "users": before["user_id"].n_unique()}
-    for mask, column in MASKS.items():
-        old, new = (metric_values(frame[column].to_numpy(), ks) for frame in (before, after))
-        result[mask] = {
-            name: {
-                "before": float(old[name].mean()),
-                "after": float(new[name].mean()),
-                **paired_bootstrap(new[name], old[name], seed=seed, groups=users),
-            }
-            for name in old
-        }
-    return result
-
-
 def finite(value: Any) -> Any:
     """A nested value with `None` for NaN and infinities, as JSON needs it."""
     if isinstance(value, Mapping):
@@ -247,9 +188,14 @@ def _figures(
     return figures
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined with dots."""
-    flat: dict[str, Any] = {}
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """
+    Nested keys joined with dots.
+
+    >>> flat({"a": {"b": 1, "c": {"d": 2}}})
+    {'a.b': 1, 'a.c.d': 2}
+    """
+    found: dict[str, Any] = {}
     for key, value in mapping.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return found

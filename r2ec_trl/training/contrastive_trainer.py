@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl.trainer.utils import add_fused_lm_head
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import compare_frames
+from r2ec_trl.evaluation.comparison import compare_frames
 from r2ec_trl.evaluation.users import summarise_users
 from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right

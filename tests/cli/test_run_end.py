@@ -14,7 +14,8 @@ from r2ec_trl.cli import run_end
 from r2ec_trl.cli.run_end import finish_run
 from r2ec_trl.cli.run_start import RunArguments
 from r2ec_trl.data.schema import load_dataset_card
-from r2ec_trl.evaluation.report import compare_frames, read_ranks, report
+from r2ec_trl.evaluation.comparison import compare_frames
+from r2ec_trl.evaluation.report import read_ranks, report
 
 
 def test_the_start_is_measured_before_training_and_a_run_goes_on_where_it_is_told(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 
 from r2ec_trl.cli.run_report import shown_rows, write_run_report
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import compare_frames, report, write_report
+from r2ec_trl.evaluation.comparison import compare_frames
+from r2ec_trl.evaluation.report import report, write_report
 
 PROTOCOL = {"seed": 3, "settings": {"model": "<b>tiny</b>"}, "versions": {"torch": "2"}}
 

@@ -6,7 +6,8 @@ import polars as pl
 from rich.console import Console
 
 from r2ec_trl.cli.tables import beyond_table, comparison_table, report_table, run_table, slice_table
-from r2ec_trl.evaluation.report import compare_frames, report
+from r2ec_trl.evaluation.comparison import compare_frames, compare_runs
+from r2ec_trl.evaluation.report import report
 
 
 def frame(rank=(1, 3, 2, 10), masked=None):
@@ -24,8 +25,12 @@ def test_tables_show_every_figure():
     text = text_of(report_table(result))
     assert "4 rows of 3 users" in text and "item to item" in text and "NDCG@2" in text
     assert "0.5000 [" in text and "0.0000 [0.0000, 0.0000]" in text
-    text = text_of(comparison_table(compare_frames(frame(), frame(rank=(1, 1, 1, 10), masked=(1, 3, 2, 10)), ks=[1])))
-    assert "+0.5000 [" in text and "+0.0000 [+0.0000, +0.0000]" in text
+    better = frame(rank=(1, 1, 1, 10), masked=(1, 3, 2, 10))
+    text = text_of(comparison_table(compare_runs([frame()], {"new [b]": [better]}, ["hit@1"]), "old"))
+    assert "+0.5000 [" in text and "+0.0000 [+0.0000, +0.0000]" in text and "old" in text and "new [b]" in text
+    assert "seeds" not in text and "the 2 tests shown" in text
+    text = text_of(comparison_table(compare_runs([frame()], {"new": [better, frame()]}, ["hit@1"])))
+    assert "new (2 seeds)" in text and "over users and seeds" in text
 
 
 def test_the_run_at_one_glance_follows_the_sign_of_the_change():

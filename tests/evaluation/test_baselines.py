@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.baselines import item_to_item, popularity
+from r2ec_trl.evaluation.baselines import ScoredBaseline, baseline_frame, item_to_item, popularity
 
 ITEMS = ["a", "b", "c", "d"]
 
@@ -89,6 +89,41 @@ def test_agrees_with_the_twin(train, test, limit):
     train, test = rows(*train), rows(*test)
     assert np.array_equal(popularity(train, ITEMS).ranks(test), twin(train, test, ITEMS, 0))
     assert np.array_equal(item_to_item(train, ITEMS, limit).ranks(test), twin(train, test, ITEMS, 1, limit))
+
+
+def test_best_items_are_those_of_the_ranks():
+    """
+    After (b) c and d have a vote each and are equally popular: catalogue order. After (a) c has half a vote, then d,
+    the other bought item, then a and b. Popularity: c and d before a and b.
+    """
+    train, test = rows(("ab", "c"), ("b", "d")), {**rows(("b", "c"), ("a", "d")), "user_id": ["u", "v"]}
+    best = baseline_frame(item_to_item(train, ITEMS), test)["top_item_ids"].to_list()
+    assert best == [["c", "d", "a", "b"], ["c", "d", "a", "b"]]
+    frame = baseline_frame(popularity(rows(("a", "d"), ("a", "d"), ("a", "b")), ITEMS), test)
+    assert frame["top_item_ids"].to_list() == [["d", "b", "a", "c"]] * 2
+    assert frame.columns == ["user_id", "target", "rank", "rank_masked", "top_item_ids"]
+    many = [f"i{item}" for item in range(30)]
+    train = {"history": [["i3"]] * 3, "target": ["i9", "i9", "i7"]}
+    frame = baseline_frame(item_to_item(train, many), {"user_id": ["u"], "history": [["i3"]], "target": ["i7"]})
+    assert frame["top_item_ids"][0].to_list() == ["i9", "i7", "i0", "i1", "i2", "i3", "i4", "i5", "i6", "i8"]
+
+
+def test_scores_become_ranks_with_ties_against_the_target():
+    """Scores 3 1 1 0 for everybody: b and c tie at rank 3; with b masked c is second; a repeat is N + 1."""
+    index = {item: row for row, item in enumerate(ITEMS)}
+    seen = []
+
+    def score(histories):
+        seen.append(len(histories))
+        return np.tile([3.0, 1.0, 1.0, 0.0], (len(histories), 1))
+
+    test = {**rows(("d", "b"), ("b", "c"), ("b", "b"), ("", "d"), ("a", "d")), "user_id": list("uvwxy")}
+    frame = baseline_frame(ScoredBaseline(index, score, batch_size=2), test)
+    assert frame["rank"].to_list() == [3, 3, 3, 4, 4] and frame["rank_masked"].to_list() == [3, 2, 5, 4, 3]
+    assert frame["top_item_ids"].to_list() == [["a", "b", "c", "d"]] * 5 and seen == [2, 2, 1]
+    for wrong in (np.full((1, 4), np.nan), np.zeros((1, 3))):
+        with pytest.raises(ValueError, match="Scores must be finite, one an item and history"):
+            baseline_frame(ScoredBaseline(index, lambda _, wrong=wrong: wrong), {**rows(("a", "b")), "user_id": ["u"]})
 
 
 def test_takes_a_dataset_and_an_empty_split():

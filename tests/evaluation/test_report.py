@@ -12,8 +12,6 @@ import pytest
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import report as report_module
 from r2ec_trl.evaluation.report import (
-    compare_frames,
-    differences,
     protocol,
     read_ranks,
     report,
@@ -211,53 +209,3 @@ def test_a_protocol_of_the_wrong_kind_is_one_sentence(tmp_path, found):
     write_report(tmp_path, {"protocol": made()}, frame()[:0])
     with pytest.raises(UserError, match="holds no rows"):
         read_ranks(tmp_path)
-
-
-def test_differences_of_settings_are_listed():
-    other = protocol(CARD, {"reasoning": "none", "lora": {"r": 4}}, seed=4)
-    assert differences(made(), other) == {
-        "seed": (3, 4),
-        "settings.lora.r": (None, 4),
-        "settings.reasoning": ("full", "none"),
-    }
-    assert differences(made(), made()) == {}
-
-
-@pytest.mark.parametrize(
-    "change", [{"split": "validation"}, {"split_sha256": "cc"}, {"catalogue_sha256": "cc"}, {"ties": "in favour"}]
-)
-def test_another_protocol_is_refused(change):
-    with pytest.raises(UserError, match=f"differ in {next(iter(change))}"):
-        differences(made(), {**made(), **change})
-
-
-def test_comparison_by_hand():
-    """
-    Hit@1 goes from 1 of 4 to 3 of 4. Masked it goes from 1 to 0 of 4: u, with two rows, is drawn k times of 3, which
-    makes -k / (3 + k), and k = 3 is in 1/27 of the draws, k = 0 in 8/27: the interval is [-.5, 0].
-    """
-    result = compare_frames(frame(), frame(rank=(1, 1, 1, 10), rank_masked=(10, 10, 2, 9)), ks=[1])
-    assert (result["rows"], result["users"]) == (4, 3)
-    figure = result["unmasked"]["hit@1"]
-    assert (figure["before"], figure["after"], figure["difference"]) == (0.25, 0.75, 0.5)
-    assert 0 <= figure["low"] <= 0.5 <= figure["high"] <= 1
-    assert result["masked"]["hit@1"] == {"before": 0.25, "after": 0.0, "difference": -0.25, "low": -0.5, "high": 0.0}
-
-
-def test_a_comparison_draws_users_with_all_their_rows_and_by_its_seed():
-    """One user gains all ten hits: as rows, no gain at all would be in (1/2)^20 of the draws."""
-    before, after = (
-        pl.DataFrame({**HEAVY, "rank": ranks, "rank_masked": ranks}) for ranks in ([9] * 20, [1] * 10 + [9] * 10)
-    )
-    figure = compare_frames(before, after, ks=[1])["unmasked"]["hit@1"]
-    assert (figure["difference"], figure["low"], figure["high"]) == (0.5, 0.0, pytest.approx(30 / 38))
-    rows = pl.concat([frame()] * 50).with_columns(user_id=pl.Series([f"u{row}" for row in range(200)]))
-    worse = rows.with_columns(rank=pl.Series([(7 * row) % 23 + 1 for row in range(200)]))
-    one, again, other = (compare_frames(rows, worse, ks=[5], seed=seed)["unmasked"]["ndcg@5"] for seed in (0, 0, 1))
-    assert one == again and one["difference"] == other["difference"] and one["low"] != other["low"]
-
-
-@pytest.mark.parametrize("other", [frame()[:3], frame()[::-1], frame().with_columns(user_id=pl.lit("x"))])
-def test_other_rows_are_refused(other):
-    with pytest.raises(UserError, match="not of the same users and targets"):
-        compare_frames(frame(), other)
