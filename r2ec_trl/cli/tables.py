@@ -129,7 +129,7 @@ def systems_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in ("NDCG@10\ncold targets", "coverage@10", "Gini@10"):
         table.add_column(name, justify="right")
     for name, report in reports.items():
-        cells = [_figure(report[mask]["model"][metric], 3) for mask, metric in columns]
+        cells = [figure_cell(report[mask]["model"][metric], 3) for mask, metric in columns]
         cold, given = report["slices"]["targets"]["cold"], report["beyond_accuracy"]["model"]
         cells.append(figure_cell(cold["unmasked"]["model"]["ndcg@10"], 3) if cold["rows"] else "no row")
         table.add_row(name.replace("_", " "), *cells, f"{given['coverage@10']:.1%}", f"{given['gini@10']:.3f}")
