@@ -116,8 +116,9 @@ def paired_bootstrap(
     """Mean difference of two measurements of the same rows, with its interval: both sides of a row are drawn together.
 
     Where a side was measured by several runs (seeds), they are drawn, too, independently of the rows: of S runs S - 1
-    at a time, so that the variance between few runs is not underestimated by (S - 1) / S (Rao and Wu, 1988). A single
-    run is taken as it is: the interval then is that of the rows alone.
+    at a time, so that the variance between few runs is not underestimated by (S - 1) / S (Rao and Wu, 1988). What rows
+    and runs do together is counted with both: such intervals are rather too wide. A single run is taken as it is: the
+    interval then is that of the rows alone.
 
     Args:
         after (array-like of `float`):

@@ -79,8 +79,8 @@ def test_p_is_uniform_where_there_is_no_difference():
 @pytest.mark.slow
 def test_intervals_over_seeds_cover():
     """
-    Five seeds a side whose means differ by as much as users make them uncertain. Few seeds cover less: the figures of
-    two and three are printed, not promised.
+    Seeds whose means differ by as much as users make them uncertain. What users and seeds do together is counted with
+    both, so that the intervals are rather too wide.
     """
     shares = {}
     for seeds in (2, 3, 5, 10):
@@ -96,7 +96,7 @@ def test_intervals_over_seeds_cover():
             inside += found["low"] <= 0.1 <= found["high"]
         shares[seeds] = inside / 300
     print(f"covered with so many seeds a side: {shares}")
-    assert shares[5] >= 0.85 and shares[10] >= 0.9
+    assert min(shares.values()) >= 0.93
 
 
 def test_the_sign_flips_are_those_of_the_plain_way():
