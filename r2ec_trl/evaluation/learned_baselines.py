@@ -22,7 +22,7 @@ from r2ec_trl.metrics import ndcg_at_k
 Tried: TypeAlias = tuple[dict[str, Any], Baseline]
 Paths: TypeAlias = Iterator[Iterable[Tried]]  # each from less training to more
 
-EASE: dict[str, tuple] = {"regularization": (20.0, 100.0, 500.0, 2000.0), "history_items": (1, 5, 20)}
+EASE: dict[str, tuple] = {"regularization": (20.0, 100.0, 500.0, 2000.0, 10_000.0), "history_items": (1, 5, 20)}
 SASREC: dict[str, tuple] = {"n_factors": (64,), "dropout_rate": (0.2, 0.5)}
 HSTU: dict[str, tuple] = {"n_factors": (64,), "dropout_rate": (0.2,), "logits_t": (0.05, 0.1)}
 TEXT = {"decay": (0.0, 1.0), "history_items": (1, 5, 20)}  # a purchase k steps back weighs 1 / k^decay

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def write_users(path, ids, count):
     draw = random.Random(count)
-    users = [{"user_id": f"u{n}", "history": draw.sample(ids, draw.randint(1, 5))} for n in range(count)]
+    users = [{"user_id": f"u{n}", "history": draw.sample(ids, draw.randint(0, 5))} for n in range(count)]
     path.write_text("".join(json.dumps(user) + "\n" for user in users), encoding="utf-8")
     return users
 
