@@ -74,7 +74,10 @@ def build_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Pat
             remove_leftovers(path.parent)
             scratch.mkdir()
             yield scratch
+            readers = scratch.stat().st_mode & 0o666  # the umask's: safetensors writes for the owner alone
             for folder, _, names in os.walk(scratch):
+                for name in names:
+                    os.chmod(Path(folder, name), readers)
                 for name in ("", *names):
                     _sync(Path(folder, name))
             if replace and path.exists():

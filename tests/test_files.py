@@ -70,6 +70,17 @@ def test_a_folder_is_swapped_in_whole(tmp_path):
     assert names(tmp_path / "deep" / "folder") == ["b"] and names(tmp_path / "deep") == ["folder"]
 
 
+def test_a_folder_can_be_read_by_whom_the_umask_lets(tmp_path):
+    """safetensors writes 0600: a server that runs as another user could not read a bundle."""
+    old = os.umask(0o027)
+    try:
+        with build_folder(tmp_path / "made") as scratch:
+            save_file({"x": torch.ones(1)}, scratch / "x.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "made" / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
 @pytest.mark.parametrize("moment", ["block", 1, 2])
 def test_a_failed_folder_changes_nothing(tmp_path, monkeypatch, error, moment):

@@ -1,4 +1,7 @@
-"""The server under load: open-loop arrivals at shares of its capacity and above, reasoning on and off, batch sizes."""
+"""
+The server under load: open-loop arrivals at shares of its capacity and above, reasoning on and off, batch sizes. On a
+machine with other work only the server's CPU time a user means much.
+"""
 
 from __future__ import annotations
 
@@ -90,9 +93,15 @@ async def load(address: str, bodies: list[dict[str, Any]], rate: float | None) -
         seconds = time.perf_counter() - start
     taken.sort()
     quantiles = {f"p{q}_ms": round(1000 * taken[min(len(taken) - 1, q * len(taken) // 100)], 1) for q in (50, 95, 99)}
-    answers = {"users_a_second": round(len(taken) / seconds, 1), **(quantiles if taken else {})}
+    answers = {"answered": len(taken), "users_a_second": round(len(taken) / seconds, 1), **(quantiles if taken else {})}
     refused = statuses.pop(429, 0)
     return {**answers, "refused": refused, "failed": sum(statuses.values()) - len(taken)}
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time of the server so far: what other work on the machine does not stretch."""
+    times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(process: int) -> float:
@@ -117,8 +126,10 @@ def run(words: list[str]) -> dict[str, Any]:
                 asyncio.run(load(address, bodies(32), None))  # warms up
                 capacity = asyncio.run(load(address, bodies(128), None))["users_a_second"]
                 for share in args.shares:
-                    rate = share * capacity
+                    rate, spent = share * capacity, cpu_seconds(process)
                     result = asyncio.run(load(address, bodies(rate * args.seconds), rate))
+                    answered = result.pop("answered")
+                    result["cpu_ms_a_user"] = round(1000 * (cpu_seconds(process) - spent) / max(1, answered), 1)
                     start = time.perf_counter()
                     httpx.post(f"{address}/v1/recommend", json=bodies(1)[0], timeout=60).raise_for_status()
                     after = {"after_ms": round(1000 * (time.perf_counter() - start), 1), "mib": memory(process)}
