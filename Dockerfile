@@ -2,8 +2,9 @@
 # PyTorch's install page names them:
 #   docker build -t r2ec-serve --build-arg TORCH_OPTIONS="--index-url INDEX_OF_CPU_WHEELS" .
 #   docker run -p 8000:8000 -v $PWD/outputs/demo/bundle:/bundle -e R2EC_TRL_TOKEN r2ec-serve      # CUDA: --gpus all
-# Not yet run, no line of it: no Docker engine was at hand. User 10001 must be able to write the bundle where its
-# catalogue is to change.
+# No Docker engine was at hand: each RUN, COPY, USER, HEALTHCHECK and CMD was run by hand in a fresh Debian 12 tree with
+# its Python 3.11 and the CPU build of torch. Not yet run: FROM, the CUDA build, and `docker build` itself. User 10001
+# must be able to write the bundle where its catalogue is to change.
 FROM python:3.11-slim
 ARG TORCH_OPTIONS=""
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 HF_HUB_OFFLINE=1

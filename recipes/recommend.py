@@ -1,7 +1,7 @@
 """
 Recommend for any user: by a bundle, or by a model or adapter with a dataset folder's catalogue.
 
-    python recipes/recommend.py --bundle outputs/demo/bundle --history_titles "orvo black cello bow"
+    python recipes/recommend.py --bundle outputs/demo/bundle --history_titles "orrin red cello strings"
     python recipes/recommend.py --bundle BUNDLE --input users.jsonl --where "price < 50" --format jsonl > out.jsonl
     accelerate launch recipes/recommend.py --bundle BUNDLE --input users.parquet --output FOLDER     # millions
     python recipes/recommend.py --adapter dd101bb/gemma-2b-games --model_name_or_path google/gemma-2-2b-it \

@@ -3,7 +3,7 @@ Serve a bundle over HTTP: recommendations in batches, reasonings as they are wri
 
     python recipes/serve.py --bundle outputs/demo/bundle
     curl -s localhost:8000/v1/recommend -H 'Content-Type: application/json' \
-        -d '{"users": [{"history_titles": ["orvo black cello bow"]}], "k": 3}'
+        -d '{"users": [{"history_titles": ["orrin red cello strings", "orrin blue cello tuner"]}], "k": 3}'
 
 http://localhost:8000/docs lists the requests, /page is a page to try it in (extra `page`), /metrics
 is for Prometheus. Who sends the token in R2EC_TRL_TOKEN may change the catalogue, nobody without it. SIGTERM answers

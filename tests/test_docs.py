@@ -24,6 +24,7 @@ ELSEWHERE = {
     "python recipes/serve.py": "tests/serving/test_server.py",
     "curl -s localhost:8000": "tests/serving/test_server.py",
     "accelerate launch recipes/recommend.py --bundle BUNDLE": "tests/serving/test_batch.py",
+    "accelerate launch recipes/evaluate.py --bundle BUNDLE": "tests/test_flags.py",
     "python recipes/benchmark.py --case serve": "recipes/benchmark.py",  # by hand: its figures stand in that page
     "pip install": ".ci/run",
     "pip uninstall": ".ci/run",

@@ -39,6 +39,7 @@ class ServeArguments:
     )
     batches: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "Values of --max_batch."})
     reasoning: list[str] = field(default_factory=lambda: ["full", "none"], metadata={"help": "Modes."})
+    probe: int = field(default=128, metadata={"help": "Requests, all at once, that measure the capacity."})
     most: int = field(default=20_000, metadata={"help": "Most requests of one load."})
 
 
@@ -93,7 +94,11 @@ async def load(address: str, bodies: list[dict[str, Any]], rate: float | None) -
         seconds = time.perf_counter() - start
     taken.sort()
     quantiles = {f"p{q}_ms": round(1000 * taken[min(len(taken) - 1, q * len(taken) // 100)], 1) for q in (50, 95, 99)}
-    answers = {"answered": len(taken), "users_a_second": round(len(taken) / seconds, 1), **(quantiles if taken else {})}
+    answers = {
+        "answered": len(taken),
+        "users_a_second": round(len(taken) / seconds, 1),
+        **(quantiles if taken else {}),
+    }
     refused = statuses.pop(429, 0)
     return {**answers, "refused": refused, "failed": sum(statuses.values()) - len(taken)}
 
@@ -123,8 +128,8 @@ def run(words: list[str]) -> dict[str, Any]:
                     sizes = [draw.randint(1, 8) for _ in range(max(8, min(args.most, round(count))))]
                     return [{"users": [{"history": draw.sample(ids, size)}], "reasoning": mode} for size in sizes]
 
-                asyncio.run(load(address, bodies(32), None))  # warms up
-                capacity = asyncio.run(load(address, bodies(128), None))["users_a_second"]
+                asyncio.run(load(address, bodies(min(32, args.probe)), None))  # warms up
+                capacity = asyncio.run(load(address, bodies(args.probe), None))["users_a_second"]
                 for share in args.shares:
                     rate, spent = share * capacity, cpu_seconds(process)
                     result = asyncio.run(load(address, bodies(rate * args.seconds), rate))
