@@ -251,6 +251,19 @@ def test_contrastive_recipe(launch, warm, shop, shop_folder, tiny_model_folder, 
     assert args.greater_is_better is True and args.metric_for_best_model == "recommendation/ndcg@10"
 
 
+def test_contrastive_recipe_with_sampled_reasoning(launch, shop_folder, tiny_model_folder, tmp_path, capsys):
+    """`reasoning` sampled: validation full and none is printed and kept, and test rows and bundle reason too."""
+    words = ["--dataset", shop_folder, "--model_name_or_path", tiny_model_folder("llama"), *SHORT, *LORA]
+    words += "--per_device_train_batch_size 8 --reasoning sampled --max_completion_length 5 --max_test_users 3".split()
+    launch("contrastive", *words, "--report_before", "false", "--max_eval_users", 4, out=tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())["reasoning_on_validation"]
+    assert found["none_to_full"]["rows"] == 4 and found["reasoning_tokens"] > 0
+    assert "validation NDCG@10 without reasoning" in " ".join(capsys.readouterr().out.split())
+    assert max(read_ranks(tmp_path)[0]["reasoning_tokens"]) == 5
+    protocol = Bundle.load(tmp_path / "bundle").meta.protocol
+    assert (protocol.reasoning, protocol.max_completion_length) == ("full", 5)
+
+
 def test_recpo_recipe(launch, warm, shop_folder, tiny_model_folder, tmp_path, capsys):
     """
     From an adapter: it is trained on (`adapter`), with the reward that is named (`reward_funcs`); with equal rewards

@@ -319,6 +319,14 @@ def _print(
         if name in result:
             shares = [f"{key.replace('_', ' ')} {share:.0%}" for key, share in result[name]["reasoning"].items()]
             console.print(f"{name:6} reasoning: {', '.join(shares)}")
+    if found := result.get("reasoning_on_validation"):
+        change = found["none_to_full"]["unmasked"]["ndcg@10"]
+        console.print(
+            f"validation NDCG@10 without reasoning {change['before']:.3f}, with {change['after']:.3f}: "
+            f"{change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]; "
+            f"marker missing {found['missing_marker']:.0%}",
+            markup=False,
+        )
 
 
 def _example(
