@@ -1,8 +1,10 @@
 """One name for what releases of transformers call differently."""
 
+import inspect
 import warnings
 
-from transformers import TrainingArguments
+import pytest
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from r2ec_trl.policy.releases import cache_name, is_checkpointing, set_checkpointing
 from r2ec_trl.training.recpo_config import RecPOConfig
@@ -23,6 +25,24 @@ def test_a_model_takes_its_cache_by_the_name_that_is_found(tiny_model):
         model = tiny_model("llama")
         assert not is_checkpointing(model)
         model(input_ids=model.dummy_inputs["input_ids"], **{cache_name(model): None})
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [
+        (PreTrainedModel, "_is_stateful", None),
+        (LlamaForCausalLM, "_supports_default_dynamic_cache", []),
+        (LlamaForCausalLM, "_prepare_generation_config", ["generation_config"]),
+        (GenerationConfig, "_get_default_generation_params", []),
+        (PreTrainedConfig, "_attn_implementation", None),
+    ],
+)
+def test_private_names_that_decoding_relies_on(owner, name, parameters):
+    assert hasattr(owner, name), f"transformers dropped {owner.__name__}.{name}: see policy/decoding.py."
+    if parameters is not None:
+        theirs = inspect.signature(getattr(owner, name)).parameters.values()
+        needed = [each.name for each in theirs if each.name != "self" and each.kind != each.VAR_KEYWORD]
+        assert needed == parameters, f"transformers changed {owner.__name__}.{name}: see policy/decoding.py."
 
 
 def test_checkpointing_is_set_under_every_name(tmp_path):
