@@ -98,7 +98,7 @@ def main() -> None:
     (args,) = parse((BaselineArguments,), description=__doc__)
     start_logging(True)
     check_writable(args.output_dir)
-    dataset, card = load_dataset(args.dataset)
+    dataset, card = load_dataset(args.dataset, args.output_dir)
     names = chosen_systems(args, dataset["train"])
     for name in names:
         check_installed(name)

@@ -45,6 +45,8 @@ HERE = {
     "python recipes/recpo.py --plan": [],
     "accelerate launch recipes/evaluate.py --bundle outputs/demo/bundle": ["--max_eval_users", "9"],
     "python recipes/compare.py --before outputs/demo/before": [],
+    "python recipes/baselines.py --dataset outputs/demo/demo_dataset": ["--max_eval_users", "9"],
+    "python recipes/compare.py --before counts": [],
     "python recipes/try_reward.py --bundle outputs/demo/bundle": ["--max_eval_users", "4"],
     "python recipes/try_reward.py --rollouts outputs/rollouts.parquet": [],
     "python recipes/report.py --run outputs/demo": [],

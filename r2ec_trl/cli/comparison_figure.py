@@ -33,6 +33,6 @@ def comparison_figure(comparison: Mapping[str, Any], reference: str) -> Figure:
         axes.set_title(f"{metric}, {mask}")
         axes.grid(axis="x", alpha=0.3)
     every[0].set_yticks(range(len(systems)), [printable(name).replace("$", r"\$") for name in systems])
-    every[0].invert_yaxis()
+    every[0].set_ylim(len(systems) - 0.5, -0.5)
     figure.supxlabel(f"difference from {printable(reference)}, {PERCENT} interval".replace("$", r"\$"))
     return figure
