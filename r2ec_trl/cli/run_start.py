@@ -1,6 +1,5 @@
 """How a training run starts: what both recipes take, what is refused before anything is trained, the first line."""
 
-import math
 import os
 import tempfile
 import time
@@ -24,6 +23,7 @@ from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.data.stable_hash import share_points
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import explained
+from r2ec_trl.policy.ranges import check_ranges
 from r2ec_trl.training.health import HealthCallback
 
 
@@ -55,14 +55,7 @@ class RunArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("early_stopping_patience", "max_test_users", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"`{name}` is {value}; give a number above 0, or leave it out.")
-        if not 0 <= self.no_history_share <= 1:
-            raise UserError(f"`no_history_share` is {self.no_history_share}; give a share from 0 to 1.")
-        if self.shown_rollouts < 0:
-            raise UserError(f"`shown_rollouts` is {self.shown_rollouts}; give 0 or more.")
+        check_ranges(self)
         share_ends(self.user_share)
 
 

@@ -25,7 +25,9 @@ RANGES: dict[str, str] = {  # ( and ) leave the end out; numbers before | are al
     **dict.fromkeys(("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), _FROM_0),
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), _FROM_0),
     **dict.fromkeys(("delta", "sapo_temperature_pos", "sapo_temperature_neg"), _ABOVE_0),
-    **dict.fromkeys(("reward_mix", "reasoning_share", "top_entropy_quantile", "ref_model_mixup_alpha"), _SHARE),
+    **dict.fromkeys(
+        ("reward_mix", "reasoning_share", "no_history_share", "top_entropy_quantile", "ref_model_mixup_alpha"), _SHARE
+    ),
     **dict.fromkeys(("reward_cutoff", "table_refresh_steps", "num_iterations", "ref_model_sync_steps"), _FROM_1),
     "router_aux_loss_coef": _FROM_0,
     "reward_weights": "(-inf, inf)",

@@ -170,7 +170,7 @@ def test_keys_of_the_batch(make_trainer, replay):
         "num_items_in_batch",
         "tool_mask",
     }
-    assert set(batch) == theirs | {"item_weights", "item_positions", "group"}
+    assert set(batch) == theirs | {"item_weights", "item_positions", "group", "quiet"}
     assert batch["num_items_in_batch"].ndim == 0 and batch["advantages"].shape == (8,)
     assert batch["tool_mask"].shape == batch["completion_mask"].shape
     assert (
