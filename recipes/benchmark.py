@@ -27,7 +27,7 @@ from rich.console import Console
 from r2ec_trl.cli.parsing import did_you_mean, run
 from r2ec_trl.errors import UserError
 
-_SHARED = ("models", "timing", "replayed", "whole_step")
+_SHARED = ("models", "timing", "replayed", "sampled", "whole_step")
 
 
 def main() -> None:

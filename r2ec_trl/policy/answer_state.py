@@ -1,17 +1,24 @@
 """The answer state: the last hidden state at the marker, which scores the catalogue (paper §3)."""
 
 import functools
+import os
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from r2ec_trl.policy.batching import check_length, length_sorted_batches
+from r2ec_trl.policy.linear import fast_linear
 from r2ec_trl.policy.shared_prompt import PaddedRows, shared_batches, shares_prompts
 from r2ec_trl.progress import track
+
+MOST_WASTE = 1.05  # paddings included, over the tokens
+PREFIX_TOKENS, PREFIX_SEQUENCES = 16, 4  # from which on a common prefix pays
 
 
 @dataclass
@@ -52,8 +59,8 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
     `model(..., labels=, fused_lm_head=True)` (TRL's fused head, if it was added) returns its log-probabilities with
     the answer state of the same pass. Both lay their rows out anew ([`~r2ec_trl.policy.shared_prompt.pack_rows`]):
     paddings go to the right, rows that share a prompt compute it once, and the LM head sees the labelled positions
-    alone. What they return has the shape of what went in. Any other call, `generate` included, is unchanged. A second
-    call can only switch sharing off.
+    alone. What they return has the shape of what went in. With a cache in `past_key_values` the first form goes on
+    from it. Any other call, `generate` included, is unchanged. A second call can only switch sharing off.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -72,6 +79,14 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
     def forward(self, *args, fused_lm_head=False, answer_state_only=False, prompt_lengths=None, **kwargs):
         if not fused_lm_head and not answer_state_only:
             return inner_forward(*args, **kwargs)
+        with fast_linear(self.get_input_embeddings().weight):
+            return packed_forward(self, args, kwargs, answer_state_only, prompt_lengths)
+
+    def packed_forward(self, args, kwargs, answer_state_only, prompt_lengths):
+        if kwargs.get("past_key_values") is not None:  # padding on the right is not seen: no mask
+            mask = kwargs.pop("attention_mask")
+            hidden = self.base_model(*args, **{**kwargs, "use_cache": True}).last_hidden_state
+            return AnswerStateOutput(answer_state=select_answer_state(hidden, mask))
         labels = kwargs.pop("labels", None)
         rows = PaddedRows(kwargs.pop("input_ids"), kwargs.pop("attention_mask"), labels, prompt_lengths)
         # without either nothing says what is prompt; the balance of experts is counted over a two-dimensional mask
@@ -113,7 +128,8 @@ def encode_states(
     """
     Answer states of token sequences, each read at its last token; sorted by length, batched by a token budget.
 
-    Gradient flows if it is enabled: wrap the call in `torch.no_grad()` where none is wanted.
+    Gradient flows if it is enabled: wrap the call in `torch.no_grad()` where none is wanted. Then what all sequences
+    start with, such as an instruction, is computed once ([`common_prefix`]), and paddings are kept few.
 
     Args:
         model (`torch.nn.Module`):
@@ -135,20 +151,58 @@ def encode_states(
     longest = max(map(len, sequences))
     check_length(getattr(model, "config", None), longest, "The prompts", "`max_prompt_length` or `max_item_length`")
     patched = next(module for module in model.modules() if "_shares_prompts" in vars(module))
+    start = 0
     if prompt_lengths is not None and shares_prompts(patched):
         batches = shared_batches(sequences, prompt_lengths, token_budget)
-    else:
+    elif torch.is_grad_enabled():  # processes that share weights out take as many forwards as each other
         batches = length_sorted_batches([len(sequence) for sequence in sequences], token_budget)
+    else:
+        cached = not (patched.training and patched.is_gradient_checkpointing)  # layers drop a cache there
+        start = common_prefix(sequences) if cached and prompt_lengths is None and shares_prompts(patched) else 0
+        batches = length_sorted_batches([len(sequence) - start for sequence in sequences], token_budget, MOST_WASTE)
+    prefix = _Prefix(model, sequences[0][:start]) if start else None
     states = []
     for batch in track(batches, "prompts encoded"):
-        input_ids, attention_mask = pad_right([sequences[i] for i in batch], pad_token_id, device)
-        lengths = None if prompt_lengths is None else [prompt_lengths[i] for i in batch]
-        output = model(
-            input_ids=input_ids, attention_mask=attention_mask, prompt_lengths=lengths, answer_state_only=True
-        )
+        input_ids, attention_mask = pad_right([sequences[i][start:] for i in batch], pad_token_id, device)
+        more: dict[str, Any] = {}
+        if prompt_lengths is not None:
+            more["prompt_lengths"] = [prompt_lengths[i] for i in batch]
+        if prefix is not None:
+            more["past_key_values"] = prefix.repeated(len(batch))
+        output = model(input_ids=input_ids, attention_mask=attention_mask, answer_state_only=True, **more)
         states.append(output.answer_state.float())
     order = torch.tensor([i for batch in batches for i in batch], device=device)
     return torch.cat(states)[order.argsort()]  # (n, d)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """
+    How many tokens to compute once for all sequences: what they start with, each keeping one of its own; 0 where that
+    is too little to pay.
+
+    >>> common_prefix([[*range(20), 7], [*range(20), 8, 9]] * 2)
+    20
+    """
+    length = min(len(os.path.commonprefix(sequences)), min(map(len, sequences)) - 1)
+    return length if length >= PREFIX_TOKENS and len(sequences) >= PREFIX_SEQUENCES else 0
+
+
+class _Prefix:
+    """Keys and values of a prefix."""
+
+    def __init__(self, model: torch.nn.Module, ids: Sequence[int]):
+        input_ids, attention_mask = pad_right([ids], 0, next(model.parameters()).device)
+        config = next(module.config for module in model.modules() if "_shares_prompts" in vars(module))
+        self.cache = Cache(layers=[DynamicLayer() for _ in range(config.get_text_config().num_hidden_layers)])
+        model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=self.cache, answer_state_only=True)
+
+    def repeated(self, rows: int) -> Cache:
+        """A cache that `rows` sequences go on from."""
+        layers = []
+        for layer in self.cache.layers:
+            layers.append(DynamicLayer())
+            layers[-1].update(*(part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values)))
+        return Cache(layers=layers)
 
 
 def pad_right(

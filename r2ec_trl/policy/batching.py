@@ -6,8 +6,12 @@ from transformers import PreTrainedConfig
 
 from r2ec_trl.errors import UserError
 
+FEW_TOKENS = 2048  # a batch of fewer costs as much as one of these
 
-def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+
+def length_sorted_batches(
+    lengths: Sequence[int], token_budget: int, most_waste: float | None = None
+) -> list[list[int]]:
     """
     Indices in batches of similar length, longest first, each at most `token_budget` tokens with its padding.
 
@@ -16,16 +20,22 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[lis
             Tokens of each sequence.
         token_budget (`int`):
             Rows times longest row of a batch; a sequence longer than it goes alone.
+        most_waste (`float`, *optional*):
+            Tokens of a batch with its padding, over those without: one that has at least 2,048 ends before it is more.
 
     >>> length_sorted_batches([3, 9, 4, 8], token_budget=18)
     [[1, 3], [2, 0]]
     """
     batches: list[list[int]] = []
+    tokens = 0  # of the newest batch
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+        padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else token_budget + 1
+        full = most_waste is not None and padded > max(most_waste * (tokens + lengths[index]), FEW_TOKENS)
+        if padded > token_budget or full:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += lengths[index]
     return batches
 
 

@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.policy.packed_layers import packed_layers
 from r2ec_trl.policy.releases import cache_name, is_checkpointing
 from r2ec_trl.policy.rollouts import MarkerReader, Watch
 
@@ -105,7 +106,7 @@ def decode(
     done: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # whose place in the batch it is
     device = next(model.parameters()).device
-    with _two_dimensional_head(model):
+    with _two_dimensional_head(model), packed_layers(model, len(prompts), config.max_new_tokens):
         logits, cache, mask = _prefill(model, prompts, config.max_new_tokens)
         width = mask.shape[1] - config.max_new_tokens
         history = torch.zeros_like(mask)

@@ -28,6 +28,7 @@ from benchmarks.timing import compare
 from r2ec_trl.cli.parsing import parse
 from r2ec_trl.errors import UserError
 
+_RECIPES = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4  # by which gradients may differ, of the larger one's norm
 
 
@@ -49,11 +50,19 @@ class StepArguments:
 class Side:
     """A trainer in a process of its own; a call runs one optimizer step there and returns its (CPU, wall) seconds."""
 
-    def __init__(self, kind: str, args: StepArguments, checkout: Path, **settings: Any):
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    def __init__(
+        self,
+        kind: str,
+        args: Any,
+        checkout: Path,
+        script: Path = Path(__file__).with_name("replayed.py"),
+        python: str = sys.executable,
+        **settings: Any,
+    ):
+        environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{_RECIPES}", "OMP_NUM_THREADS": "1"}
         words = json.dumps({"kind": kind, "settings": settings, **asdict(args)})
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("replayed.py")), words],
+            [python, str(script), words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
