@@ -1,10 +1,10 @@
 """The answer state: the last hidden state at the marker, which scores the catalogue (paper §3)."""
 
 import functools
-import os
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from r2ec_trl.policy.linear import fast_linear
 from r2ec_trl.policy.shared_prompt import PaddedRows, shared_batches, shares_prompts
 from r2ec_trl.progress import track
 
-MOST_WASTE = 1.05  # paddings included, over the tokens
+MOST_WASTE = 1.04  # paddings included, over the tokens
 PREFIX_TOKENS, PREFIX_SEQUENCES = 16, 4  # from which on a common prefix pays
 
 
@@ -183,7 +183,9 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     >>> common_prefix([[*range(20), 7], [*range(20), 8, 9]] * 2)
     20
     """
-    length = min(len(os.path.commonprefix(sequences)), min(map(len, sequences)) - 1)
+    first, last = min(map(list, sequences)), max(map(list, sequences))  # what these two start with, all in between do
+    same = [one == other for one, other in zip(first, last)]
+    length = min(len([*takewhile(bool, same)]), min(map(len, sequences)) - 1)
     return length if length >= PREFIX_TOKENS and len(sequences) >= PREFIX_SEQUENCES else 0
 
 
@@ -192,7 +194,7 @@ class _Prefix:
 
     def __init__(self, model: torch.nn.Module, ids: Sequence[int]):
         input_ids, attention_mask = pad_right([ids], 0, next(model.parameters()).device)
-        config = next(module.config for module in model.modules() if "_shares_prompts" in vars(module))
+        config: Any = next(module.config for module in model.modules() if "_shares_prompts" in vars(module))
         self.cache = Cache(layers=[DynamicLayer() for _ in range(config.get_text_config().num_hidden_layers)])
         model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=self.cache, answer_state_only=True)
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from r2ec_trl.errors import UserError
 
-FEW_TOKENS = 2048  # a batch of fewer costs as much as one of these
+FEW_TOKENS = 512  # a batch of fewer costs as much as one of these
 
 
 def length_sorted_batches(
@@ -21,7 +21,7 @@ def length_sorted_batches(
         token_budget (`int`):
             Rows times longest row of a batch; a sequence longer than it goes alone.
         most_waste (`float`, *optional*):
-            Tokens of a batch with its padding, over those without: one that has at least 2,048 ends before it is more.
+            Tokens of a batch with its padding, over those without: one that has at least 512 ends before it is more.
 
     >>> length_sorted_batches([3, 9, 4, 8], token_budget=18)
     [[1, 3], [2, 0]]

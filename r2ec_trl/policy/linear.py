@@ -26,7 +26,7 @@ def _slow_mkl() -> bool:
 def pays(matrix: torch.Tensor) -> bool:
     """Whether [`product`] is the faster one for a matrix; never with `torch.backends.mkldnn.set_flags(False)`."""
     here = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.numel() > 0
-    return here and _slow_mkl() and torch.backends.mkldnn.enabled
+    return here and _slow_mkl() and bool(torch.backends.mkldnn.enabled)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
         of_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None

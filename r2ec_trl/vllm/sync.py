@@ -82,7 +82,8 @@ class MergedSync(VLLMGeneration):
 
     - `_iter_named_params`: merged weights are computed beside the base, one matrix at a time, dequantised if need be.
     - `_init_vllm`: guards first; an engine computes as the policy does, and is never quantised: it gets whole weights.
-    - `sync_weights`: timed, and a server that died is said in one sentence, as in `generate`.
+    - `sync_weights`: timed; an engine gets all weights in one call (TRL makes one a tensor, and each looks every
+      parameter up anew); a server that died is said in one sentence, as in `generate`.
 
     Args:
         settings ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
@@ -140,7 +141,15 @@ class MergedSync(VLLMGeneration):
     def sync_weights(self) -> None:
         """Give vLLM the policy as it is now."""
         with self.timed(), self._server_errors():
-            super().sync_weights()
+            if self.mode != "colocate":
+                super().sync_weights()
+                return
+            with _replaced(type(self), "_iter_named_params", lambda self: iter(())):
+                super().sync_weights()  # wakes the engine, and forgets the prefixes
+            self._load(self._iter_named_params())
+
+    def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(weights)
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         self.sync_bytes = 0
@@ -281,10 +290,8 @@ class AdapterSync(MergedSync):
         from vllm.lora.request import LoRARequest
 
         if self.version == 1 and any(is_packed(param) for param in self.model.parameters()):
-            runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             with self.model.disable_adapter():
-                for name, weight in self._iter_merged_params():
-                    runner.model.load_weights([(name, weight)])
+                self._load(self._iter_merged_params())
         use_adapter(self.llm, LoRARequest(f"policy-{self.version}", self.version, str(folder)))
 
     def _load_on_server(self, folder: Path) -> None:

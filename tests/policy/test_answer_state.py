@@ -12,6 +12,7 @@ from r2ec_trl.policy.answer_state import (
     pad_right,
     select_answer_state,
 )
+from r2ec_trl.policy.shared_prompt import shares_prompts
 
 
 def test_position_is_the_last_attended_one_on_either_side_of_padding():
@@ -133,3 +134,34 @@ def test_gradient_checkpointing_gives_the_same_state_and_gradient(tiny_model, ba
         results.append((state.detach(), model.model.layers[0].mlp.up_proj.weight.grad))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_what_all_sequences_start_with_is_computed_once(tiny_model, model_family, window):
+    """20 tokens that 6 sequences share: 20 + the rest are forwarded, and the states are those of each by itself."""
+    torch.manual_seed(0)
+    options = {"sliding_window": window} if window and model_family == "gemma2" else {}
+    model = tiny_model(model_family, **options)
+    add_answer_state(model)
+    start = torch.randint(4, 300, (20,)).tolist()
+    sequences = [start + torch.randint(4, 300, (length,)).tolist() for length in (9, 3, 14, 14, 1, 7)]
+    assert shares_prompts(model)  # tries it once
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with torch.no_grad():
+        states = encode_states(model, sequences, 0)
+        assert shapes == [(1, 20), (6, 14)]
+        alone = torch.cat([encode_states(model, [sequence], 0) for sequence in sequences])
+        same = encode_states(model, [start] * 4, 0)  # one token of each is left to read
+    assert (states - alone).abs().max() < 1e-5
+    assert shapes[-2:] == [(1, 19), (4, 1)] and (same[0] - same[3]).abs().max() < 1e-5
+    shapes.clear()
+    encode_states(model, sequences, 0)  # with gradient: every process takes one forward
+    assert shapes == [(6, 34)]
+    model.train()
+    model.gradient_checkpointing_enable()
+    with torch.no_grad():
+        checkpointed = encode_states(model, sequences, 0)
+    assert shapes[1:] == [(6, 34)] and (checkpointed - alone).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""Decoding on packed weights: the same logits, base and adapter untouched, and nothing packed where it does not pay."""
+"""Decoding on packed weights: the same logits, nothing written to, and nothing packed where it does not pay."""
 
 import pytest
 import torch

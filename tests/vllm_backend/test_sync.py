@@ -101,6 +101,25 @@ def test_a_sync_that_breaks_off_leaves_the_base_whole(tiny_model, sync_of):
     assert not any(layer.merged for layer in policy.modules() if isinstance(layer, LoraLayer))
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+def test_an_engine_gets_all_weights_in_one_call(tiny_model, sync_of, adapter):
+    """TRL makes a call a tensor; what arrives, one after the other, is the same."""
+    model = lora_policy(tiny_model("llama")) if adapter else tiny_model("llama")
+    sync, calls = sync_of(model), []
+    engine = SimpleNamespace(load_weights=lambda params: calls.append(weights(params)))
+    runner = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=engine)))
+    llm_engine = SimpleNamespace(model_executor=runner)
+    sync.llm = SimpleNamespace(llm_engine=llm_engine, reset_prefix_cache=lambda: calls.append("prefixes forgotten"))
+    sync.enable_sleep_mode = False
+    sync.sync_weights()
+    prefixes, sent = calls
+    assert prefixes == "prefixes forgotten"
+    VLLMGeneration.sync_weights(sync)  # TRL's own
+    theirs = {name: weight for call in calls[2:-1] for name, weight in call.items()}
+    assert len(calls) == 2 + len(sent) + 1 and sent.keys() == theirs.keys()
+    assert all(torch.equal(sent[name], theirs[name]) for name in sent)
+
+
 def test_full_fine_tuning_sends_what_trl_sends(tiny_model, sync_of):
     model = tiny_model("llama")
     sync = sync_of(model)
