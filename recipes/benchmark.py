@@ -3,7 +3,7 @@ Measure one part of the library against its plain twin, or all of them; the last
 
     python recipes/benchmark.py --case score                   # exact ranks against a bare float32 product
     python recipes/benchmark.py --case data --help             # the flags of a case
-    python recipes/benchmark.py --case all --output FOLDER     # every case; FOLDER/benchmark.md, .png and .json
+    python recipes/benchmark.py --case all --output FOLDER     # every case but serve; FOLDER/benchmark.md, .png and .json
 
 A case is a module `recipes/benchmarks/NAME.py` with `run(words) -> dict`: add the file, and `--case NAME` finds it. It
 makes its inputs once and reports `comparisons`, each by [`benchmarks.timing.compare`]: nothing is timed before both
@@ -27,6 +27,7 @@ from rich.console import Console
 from r2ec_trl.cli.parsing import did_you_mean, run
 from r2ec_trl.errors import UserError
 
+_BY_HAND = ("serve",)  # loads a server for minutes, and compares nothing
 _SHARED = ("models", "timing", "replayed", "sampled", "whole_step")
 
 
@@ -47,7 +48,8 @@ def main() -> None:
 
 
 def run_all(cases: list[str], words: list[str], where: dict[str, Any]) -> dict[str, Any]:
-    """Every case with its defaults, each in a process of its own; one that fails is named, the others go on."""
+    """Every case but [`_BY_HAND`] with its defaults, in a process each; one that fails is named, the others go on."""
+    cases = [case for case in cases if case not in _BY_HAND]
     if len(words) != 2 or words[0] != "--output":
         raise UserError("--case all takes one flag, --output FOLDER, where the table and the picture go.")
     folder = Path(words[1])

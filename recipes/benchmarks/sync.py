@@ -20,7 +20,7 @@ from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
 from r2ec_trl.cli.parsing import parse
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.generation import generate_reasoning
-from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
+from r2ec_trl.policy.loading import DEMO, PolicyArguments, load_policy, peft_config
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.policy.settings import RecommendationArguments
@@ -43,6 +43,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     """Bytes and seconds of a sync; with vLLM installed and a dataset named, also the speed of both samplers."""
     args, policy_args = parse((SyncArguments, PolicyArguments), words, description=__doc__)
     set_seed(0)
+    policy_args.model_name_or_path = policy_args.model_name_or_path or DEMO
     model, tokenizer = load_policy(policy_args)
     policy = get_peft_model(model, peft_config(policy_args))
     _train_a_little(policy)

@@ -43,3 +43,20 @@ def test_parity_is_checked(tmp_path, monkeypatch):
     changed.save_to_disk(str(tmp_path / "other"))
     with pytest.raises(UserError, match="differ in column 'target' of 'test': no timing is given"):
         data.check_parity(tmp_path / "fast", tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["item_table", "--num_items", "40"],
+        ["generate", "--users", "1", "--generations", "4", "--prompt_tokens", "20", "--new_tokens", "8"],
+        ["score", "--num_items", "20000"],
+    ],
+)
+def test_other_cases_in_small(words):
+    done = benchmark("--case", *words, "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert all(comparison["parity"] and comparison["ratio"] > 0 for comparison in result["comparisons"])
+    assert words[0] != "item_table" or result["waste"][0] < 1.05 + 28 / 40  # a catalogue this small fills few batches
