@@ -3,7 +3,7 @@ Measure one part of the library against its plain twin, or all of them; the last
 
     python recipes/benchmark.py --case score                   # exact ranks against a bare float32 product
     python recipes/benchmark.py --case data --help             # the flags of a case
-    python recipes/benchmark.py --case all --output FOLDER     # all but serve; FOLDER/benchmark.md, .png, .json
+    python recipes/benchmark.py --case all --output FOLDER     # [--rounds N] all but serve; FOLDER/benchmark.md, .png, .json
 
 A case is a module `recipes/benchmarks/NAME.py` with `run(words) -> dict`: add the file, and `--case NAME` finds it. It
 makes its inputs once and reports `comparisons`, each by [`benchmarks.timing.compare`]: nothing is timed before both
@@ -26,6 +26,7 @@ from rich.console import Console
 
 from r2ec_trl.cli.parsing import did_you_mean, run
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import write_text
 
 _BY_HAND = ("serve",)  # loads a server for minutes, and compares nothing
 _SHARED = ("models", "timing", "replayed", "sampled", "whole_step")
@@ -50,19 +51,21 @@ def main() -> None:
 def run_all(cases: list[str], words: list[str], where: dict[str, Any]) -> dict[str, Any]:
     """Every case but [`_BY_HAND`] with its defaults, in a process each; one that fails is named, the others go on."""
     cases = [case for case in cases if case not in _BY_HAND]
-    if len(words) != 2 or words[0] != "--output":
-        raise UserError("--case all takes one flag, --output FOLDER, where the table and the picture go.")
+    if words[:1] != ["--output"] or len(words) not in (2, 4) or words[2:3] not in ([], ["--rounds"]):
+        raise UserError("--case all takes --output FOLDER, where table and picture go, and then maybe --rounds N.")
     folder = Path(words[1])
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
+    rows: list[tuple[str, dict[str, Any]]] = []
     for case in cases:
-        done = subprocess.run([sys.executable, __file__, "--case", case], stdout=subprocess.PIPE, text=True)
-        if done.returncode == 0:
-            results[case] = json.loads(done.stdout.splitlines()[-1])
-    rows = [(case, row) for case, result in results.items() for row in result["comparisons"]]
-    (folder / "benchmark.md").write_text(table(rows, where))
-    (folder / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n")
-    if rows:
+        command = [sys.executable, __file__, "--case", case, *words[2:]]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            continue
+        results[case] = json.loads(done.stdout.splitlines()[-1])
+        rows += [(case, row) for row in results[case]["comparisons"]]
+        write_text(folder / "benchmark.md", table(rows, where))
+        write_text(folder / "benchmark.json", json.dumps(results, indent=1) + "\n")
         draw(rows, folder / "benchmark.png")
     return {"failed": [case for case in cases if case not in results], "comparisons": [row for _, row in rows]}
 
