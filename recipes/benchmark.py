@@ -3,7 +3,7 @@ Measure one part of the library against its plain twin, or all of them; the last
 
     python recipes/benchmark.py --case score                   # exact ranks against a bare float32 product
     python recipes/benchmark.py --case data --help             # the flags of a case
-    python recipes/benchmark.py --case all --output FOLDER     # [--rounds N] all but serve; FOLDER/benchmark.md, .png, .json
+    python recipes/benchmark.py --case all --output FOLDER     # all but serve: FOLDER/benchmark.md, .png, .json
 
 A case is a module `recipes/benchmarks/NAME.py` with `run(words) -> dict`: add the file, and `--case NAME` finds it. It
 makes its inputs once and reports `comparisons`, each by [`benchmarks.timing.compare`]: nothing is timed before both

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -114,6 +115,7 @@ def transformers(args: dict[str, Any], folder: str) -> Ask:
 
 def vllm(args: dict[str, Any], folder: str) -> Ask:
     """VLLM's CPU backend, the adapter hot-loaded."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its CPU seconds are this process's
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
