@@ -14,6 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from r2ec_trl.policy.batching import check_length, length_sorted_batches
 from r2ec_trl.policy.linear import fast_linear
+from r2ec_trl.policy.releases import cache_name, is_checkpointing
 from r2ec_trl.policy.shared_prompt import PaddedRows, shared_batches, shares_prompts
 from r2ec_trl.progress import track
 
@@ -59,8 +60,8 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
     `model(..., labels=, fused_lm_head=True)` (TRL's fused head, if it was added) returns its log-probabilities with
     the answer state of the same pass. Both lay their rows out anew ([`~r2ec_trl.policy.shared_prompt.pack_rows`]):
     paddings go to the right, rows that share a prompt compute it once, and the LM head sees the labelled positions
-    alone. What they return has the shape of what went in. With a cache in `past_key_values` the first form goes on
-    from it. Any other call, `generate` included, is unchanged. A second call can only switch sharing off.
+    alone. What they return has the shape of what went in. With a cache as `start=` the first form goes on from it.
+    Any other call, `generate` included, is unchanged. A second call can only switch sharing off.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -76,17 +77,18 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
 
     # `generate` checks its keyword arguments against this signature
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, answer_state_only=False, prompt_lengths=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, answer_state_only=False, prompt_lengths=None, start=None, **kwargs):
         if not fused_lm_head and not answer_state_only:
             return inner_forward(*args, **kwargs)
         with fast_linear(self.get_input_embeddings().weight):
+            if start is not None:  # padding on the right is not seen: no mask
+                hidden = self.base_model(input_ids=kwargs["input_ids"], use_cache=True, **{cache_name(self): start})
+                return AnswerStateOutput(
+                    answer_state=select_answer_state(hidden.last_hidden_state, kwargs["attention_mask"])
+                )
             return packed_forward(self, args, kwargs, answer_state_only, prompt_lengths)
 
     def packed_forward(self, args, kwargs, answer_state_only, prompt_lengths):
-        if kwargs.get("past_key_values") is not None:  # padding on the right is not seen: no mask
-            mask = kwargs.pop("attention_mask")
-            hidden = self.base_model(*args, **{**kwargs, "use_cache": True}).last_hidden_state
-            return AnswerStateOutput(answer_state=select_answer_state(hidden, mask))
         labels = kwargs.pop("labels", None)
         rows = PaddedRows(kwargs.pop("input_ids"), kwargs.pop("attention_mask"), labels, prompt_lengths)
         # without either nothing says what is prompt; the balance of experts is counted over a two-dimensional mask
@@ -157,7 +159,7 @@ def encode_states(
     elif torch.is_grad_enabled():  # processes that share weights out take as many forwards as each other
         batches = length_sorted_batches([len(sequence) for sequence in sequences], token_budget)
     else:
-        cached = not (patched.training and patched.is_gradient_checkpointing)  # layers drop a cache there
+        cached = not (patched.training and is_checkpointing(patched))  # layers drop a cache there
         start = common_prefix(sequences) if cached and prompt_lengths is None and shares_prompts(patched) else 0
         batches = length_sorted_batches([len(sequence) - start for sequence in sequences], token_budget, MOST_WASTE)
     prefix = _Prefix(model, sequences[0][:start]) if start else None
@@ -168,7 +170,7 @@ def encode_states(
         if prompt_lengths is not None:
             more["prompt_lengths"] = [prompt_lengths[i] for i in batch]
         if prefix is not None:
-            more["past_key_values"] = prefix.repeated(len(batch))
+            more["start"] = prefix.repeated(len(batch))
         output = model(input_ids=input_ids, attention_mask=attention_mask, answer_state_only=True, **more)
         states.append(output.answer_state.float())
     order = torch.tensor([i for batch in batches for i in batch], device=device)
@@ -196,7 +198,7 @@ class _Prefix:
         input_ids, attention_mask = pad_right([ids], 0, next(model.parameters()).device)
         config: Any = next(module.config for module in model.modules() if "_shares_prompts" in vars(module))
         self.cache = Cache(layers=[DynamicLayer() for _ in range(config.get_text_config().num_hidden_layers)])
-        model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=self.cache, answer_state_only=True)
+        model(input_ids=input_ids, attention_mask=attention_mask, start=self.cache, answer_state_only=True)
 
     def repeated(self, rows: int) -> Cache:
         """A cache that `rows` sequences go on from."""
