@@ -410,17 +410,25 @@ def test_no_request_of_any_shape_is_a_500(own):
         },
     )
     wheres = ["brand = 'orvo'", "title LIKE '%a%'", "price < 1", "1=1", "item_id IN ('i00')", "NOT (brand IS NULL)"]
-    ask = st.fixed_dictionaries(
-        {"users": loose(st.lists(user, max_size=3))},
-        optional={
-            "k": loose(st.integers(-1, 50)),
-            "where": loose(st.sampled_from(wheres) | text),
+
+    known = st.lists(st.sampled_from(["i00", "i01", "i05"]), min_size=1, max_size=3)
+
+    def asks(users, k, where, ids, loose):
+        optional = {
+            "k": loose(k),
+            "where": loose(where),
             "reasoning": loose(st.sampled_from(["full", "none", "a drum"])),
-            "allow": loose(st.lists(st.sampled_from(["i00", "i01", "x"]), max_size=3)),
-            "exclude": loose(st.lists(text, max_size=3)),
+            "allow": loose(ids),
+            "exclude": loose(ids),
             "exclude_history": loose(st.booleans()),
-        },
-    )
+        }
+        return st.fixed_dictionaries({"users": loose(users)}, optional=optional)
+
+    # Half of the questions can be answered, but for a filter that leaves nothing
+    titles = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1)
+    right = st.lists(st.fixed_dictionaries({"history_titles": titles}), min_size=1, max_size=3)
+    ask = asks(right, st.integers(1, 50), st.sampled_from(wheres[3:]), known, lambda strategy: strategy)
+    ask |= asks(st.lists(user, max_size=3), st.integers(-1, 50), st.sampled_from(wheres) | text, st.lists(text), loose)
     columns = ["item_id", "title", "brand", "description", "other"]
     rows = st.fixed_dictionaries(
         {"items": loose(st.lists(st.dictionaries(st.sampled_from(columns), leaf, max_size=4), max_size=3))}
