@@ -134,9 +134,7 @@ def count_against(
     log-sum-exp of all scores over the temperature, float64; both `(B,)`, over the rows that are not excluded.
     """
     count = torch.zeros(len(states), dtype=torch.int64, device=states.device)
-    total = torch.zeros(
-        len(states), dtype=torch.float64, device=states.device
-    )  # of exponents relative to the target's
+    total = torch.zeros_like(count, dtype=torch.float64)  # of exponents relative to the target's
     normaliser = score.new_full(score.shape, -math.inf, dtype=torch.float64)
     fast = _Float32(states, rows, 1 / temperature)
     bound = fast.bound(score)
@@ -300,7 +298,7 @@ class _Float32:
         size = -(-len(chunk) // BLOCK) * BLOCK
         if self.room.shape[1] < size:
             self.room = self.room.new_empty(2, size, len(origin))
-        if len(chunk) == size and linear.pays(chunk) and linear.pays(self.states):
+        if len(chunk) == size and linear.pays(chunk) and len(origin):
             return linear.product(chunk, self.factor.T, origin * -self.scale)
         scores = self.room[0, :size]
         scores[len(chunk) :] = -math.inf
@@ -359,8 +357,7 @@ def _at_most(values: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, t
 
 def _scores(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Similarities, (B, chunk): float64 products, rounded once to float32."""
-    states = states.double()
-    tiles = rows.split(max(1, ROW_VALUES_AT_ONCE // max(1, rows.shape[1])))
+    tiles, states = rows.split(max(1, ROW_VALUES_AT_ONCE // max(1, rows.shape[1]))), states.double()
     return torch.cat([(states @ tile.double().T).float() for tile in tiles], dim=1)
 
 
