@@ -94,7 +94,7 @@ def measured(way: Callable[[], Any]) -> tuple[float, float]:
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     told = way()
-    if isinstance(told, tuple):  # it ran elsewhere and measured itself
+    if isinstance(told, tuple) and isinstance(told[0], float):  # it ran elsewhere and measured itself
         return told
     if torch.cuda.is_available():
         torch.cuda.synchronize()
