@@ -54,7 +54,7 @@ class AsyncWriter:
     @property
     def alive(self) -> bool:
         """Whether the engine's process still works."""
-        return not self._engine.errored
+        return self._engine is not None and not self._engine.errored
 
     def write(self, prompt_ids: Sequence[int], heard: Callable[[list[int]], bool]) -> Future[Rollout]:
         """
@@ -73,6 +73,7 @@ class AsyncWriter:
         self._loop.call_soon_threadsafe(self._engine.shutdown)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._engine = None
 
     async def _begin_engine(self, max_new_tokens: int) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
