@@ -21,7 +21,7 @@ from r2ec_trl.training.health import finite_number, selection_figure
 FIGURES = {
     "loss": ("loss", "{:.4f}"),
     "reward": ("reward", "{:.4f}"),
-    "frac_reward_zero_std": ("groups without signal", "{:.0%}"),
+    "rollout/no_signal": ("groups without signal", "{:.0%}"),
     "completions/mean_length": ("tokens a rollout", "{:.1f}"),
     "completions/clipped_ratio": ("cut at the limit", "{:.0%}"),
     "rollout/missing_marker": ("marker missing", "{:.0%}"),

@@ -66,8 +66,9 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     min_reward_spread: float = field(
         default=0.0,
         metadata={
-            "help": "Skip users whose rollouts' rewards deviate by less than this from each other: no gradient, and "
-            "no forward where a micro-batch has others. Needs loss_type dapo, cispo or vespo, beta 0, entropy_coef 0."
+            "help": "Skip users whose rollouts' rewards deviate by no more than this from each other: no gradient, "
+            "and no forward where a micro-batch has others. Needs loss_type dapo, cispo or vespo, beta 0 and "
+            "entropy_coef 0."
         },
     )
     advantage: str = field(

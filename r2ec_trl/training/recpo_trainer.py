@@ -261,10 +261,10 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         return output | self.item_term.prepare(self.batch, advantages, self.accelerator.gather(eligible), own)
 
     def quiet_groups(self) -> torch.Tensor:
-        """Whether the rewards of each group deviate by less than `min_reward_spread`, `(users of the batch,)`."""
+        """Whether the rewards of each group deviate by no more than `min_reward_spread`, `(users of the batch,)`."""
         weights = self.reward_weights.to(self.batch.rewards.device)
         rewards = (self.batch.rewards * weights).nansum(dim=1).view(-1, self.num_generations)
-        return rewards.std(dim=1, unbiased=False) < self.args.min_reward_spread
+        return rewards.std(dim=1, unbiased=False) <= self.args.min_reward_spread
 
     def _prepare_inputs(self, inputs):
         buffered = self._buffered_inputs
@@ -277,7 +277,8 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
 
     # -------------------------------------------------------------------- loss
     def _compute_loss(self, model, inputs):
-        inputs = without_rows(inputs, inputs["quiet"])
+        if self.args.min_reward_spread:
+            inputs = without_rows(inputs, inputs["quiet"])
         states: list[torch.Tensor] = []
 
         def keep_states(**model_inputs):

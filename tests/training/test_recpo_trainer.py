@@ -515,7 +515,9 @@ def test_equal_rewards_teach_nothing_and_break_nothing(make_trainer, replay, sam
     (generation,) = record(trainer).generations
     assert generation.advantages == pytest.approx([0.0] * 8, abs=1e-3)
     log = trainer.state.log_history[0]
-    assert log["frac_reward_zero_std"] == 1.0 and log["loss"] == pytest.approx(0.0, abs=1e-3)
+    assert log["frac_reward_zero_std"] == log["rollout/no_signal"] == 1.0 and log["loss"] == pytest.approx(
+        0.0, abs=1e-3
+    )
     assert log["grad_norm"] == pytest.approx(0.0, abs=1e-2)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
