@@ -203,6 +203,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         """As [`~transformers.Trainer`]'s; after sampled reasonings, validation full and none."""
         result = super().train(*args, **kwargs)
         if self.args.reasoning == "sampled" and isinstance(self.eval_dataset, Dataset):
+            self.save_model()  # before the look at it: a run that is stopped there keeps what it learnt
             users = self.eval_dataset.select(
                 range(min(len(self.eval_dataset), self.args.max_eval_users or sys.maxsize))
             )

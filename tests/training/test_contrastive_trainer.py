@@ -109,7 +109,7 @@ def test_fewer_users_than_a_batch_is_an_error(make_contrastive, shop):
         make_contrastive(train=shop["train"].from_list([{**shop["train"][0], "target": "i99"}] * 8))
 
 
-def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_contrastive):
+def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_contrastive, tmp_path):
     trainer = make_contrastive(reasoning="sampled", max_completion_length=4, max_eval_users=6, stop_coef=0.5)
     trainer.train()
     log, report = trainer.state.log_history[0], trainer.reasoning_report
@@ -119,6 +119,7 @@ def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_cont
     last = trainer.state.log_history[-1]
     ndcg = report["none_to_full"]["unmasked"]["ndcg@10"]
     assert last["eval_reasoning/full_minus_none"] == pytest.approx(ndcg["after"] - ndcg["before"])
+    assert (tmp_path / "adapter_model.safetensors").is_file()
     assert trainer.evaluate()["eval_recommendation/reasoning_tokens"] > 0
     assert make_contrastive().reasoning_report is None
 
