@@ -97,7 +97,8 @@ def _failure_of(error: BaseException) -> JSONResponse:
     if isinstance(error, UserError):
         return _failure(422, str(error))
     logger.error("A request failed.", exc_info=error)
-    return _failure(500, f"The server failed ({type(error).__name__}); its log says where.")
+    sentence = f"The server failed ({type(error).__name__}); its log says where."
+    return _failure(500, sentence, {"Connection": "close"})  # as uvicorn does; unsaid, the next request meets that
 
 
 def _handle_errors(app: FastAPI) -> None:

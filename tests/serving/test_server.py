@@ -126,6 +126,7 @@ def test_an_unexpected_error_is_a_500_that_harms_no_other(own, monkeypatch):
     monkeypatch.setattr(type(batcher_of(server)), "submit", lambda *args: 1 / 0)
     broken = server.ask(["i00"])
     assert (broken.status_code, broken.json()) == (500, failed)
+    assert broken.headers["connection"] == "close"
     assert server.client.get("/healthz").status_code == 200
     monkeypatch.undo()
     assert server.ask(["i00"]).status_code == 200
