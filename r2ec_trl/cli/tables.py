@@ -63,18 +63,17 @@ def comparison_table(comparison: Mapping[str, Any], reference: str = "before") -
     caption = f"bold: the {PERCENT} interval of the paired difference, over users{' and seeds' * seeds}, excludes 0\n"
     caption += f"p: sign flips over users; Holm: corrected for the {comparison['family']} tests shown"
     table = Table(title=_title(comparison), caption=caption)
-    for name in ("", "history", "metric"):
-        table.add_column(name, no_wrap=not name)
+    table.add_column("")
     for name in (escape(printable(reference)), "", "difference", "p", "Holm"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "difference")
     for system, masks in comparison["systems"].items():
         runs = comparison["runs"][system]
-        label = escape(printable(system)) + (f" ({runs} seeds)" if seeds else "")
+        table.add_row(f"[bold]{escape(printable(system))}[/bold]" + (f" ({runs} seeds)" if seeds else ""))
         for mask, figures in masks.items():
             for metric, figure in figures.items():
-                cells = (f"{figure['before']:.4f}", f"{figure['after']:.4f}", difference_cell(figure))
-                table.add_row(label, mask, _metric_name(metric), *cells, _p(figure["p"]), _p(figure["p_holm"]))
-                label = ""
+                cells = (f"{figure['before']:.4f}", f"{figure['after']:.4f}", difference_cell(figure, 3))
+                label = _metric_name(metric) + " masked" * (mask == "masked")  # 80 columns hold it all
+                table.add_row(label, *cells, _p(figure["p"]), _p(figure["p_holm"]))
         table.add_section()
     return table
 

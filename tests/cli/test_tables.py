@@ -27,7 +27,7 @@ def test_tables_show_every_figure():
     assert "0.5000 [" in text and "0.0000 [0.0000, 0.0000]" in text
     better = frame(rank=(1, 1, 1, 10), masked=(1, 3, 2, 10))
     text = text_of(comparison_table(compare_runs([frame()], {"new [b]": [better]}, ["hit@1"]), "old"))
-    assert "+0.5000 [" in text and "+0.0000 [+0.0000, +0.0000]" in text and "old" in text and "new [b]" in text
+    assert "+0.500 [" in text and "+0.000 [+0.000, +0.000]" in text and "old" in text and "new [b]" in text
     assert "seeds" not in text and "the 2 tests shown" in text
     text = text_of(comparison_table(compare_runs([frame()], {"new": [better, frame()]}, ["hit@1"])))
     assert "new (2 seeds)" in text and "over users and seeds" in text
