@@ -198,7 +198,8 @@ class MergedSync(VLLMGeneration):
         end_ids = self.generation_kwargs["stop_token_ids"]
         stops = {**marker_stop(reader.marker), "stop_token_ids": end_ids}
         completion_ids, _ = self._choose(padded, max_new_tokens, generation_kwargs=stops, logprobs=None)
-        return [reader.finish(ids, end_ids) for ids in completion_ids[: len(prompt_ids)]]
+        ends = {*end_ids, reader.tokenizer.pad_token_id}  # a padding token ends a reasoning on every backend
+        return [reader.finish(ids, ends) for ids in completion_ids[: len(prompt_ids)]]
 
     @torch.no_grad()
     def difference(self, model: Any, prompt_ids: Sequence[Sequence[int]], tokens: int = 8) -> float:
