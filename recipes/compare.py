@@ -23,6 +23,9 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.comparison import check_rows, compare_runs, differences
 from r2ec_trl.evaluation.report import finite, read_ranks
 from r2ec_trl.files import write_json, write_with
+from r2ec_trl.metrics import KINDS
+
+METRICS = ("hit@10", "ndcg@10")
 
 
 @dataclass
@@ -36,11 +39,19 @@ class CompareArguments:
         metadata={"help": "Folders, or NAME=FOLDER; several of one name are seeds of one system."}
     )
     metrics: list[str] = field(
-        default_factory=lambda: ["hit@10", "ndcg@10"], metadata={"help": "hit, ndcg or mrr with a cutoff."}
+        default_factory=list, metadata={"help": "hit, ndcg or mrr with a cutoff; hit@10 and ndcg@10 by default."}
+    )
+    cutoffs: list[int] = field(
+        default_factory=list, metadata={"help": "k of Hit, NDCG and MRR, all three, in place of --metrics."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of the sign flips."})
     output: str | None = field(default=None, metadata={"help": "Also write the comparison to this JSON file."})
     figure: str | None = field(default=None, metadata={"help": "Also draw it into this PNG file."})
+
+    def __post_init__(self) -> None:
+        if self.metrics and self.cutoffs:
+            raise UserError("--metrics and --cutoffs both say what is compared; give one of them.")
+        self.metrics = self.metrics or [f"{kind}@{k}" for k in self.cutoffs for kind in KINDS] or list(METRICS)
 
 
 def named(folders: list[str], default: str | None = None) -> dict[str, list[str]]:

@@ -55,7 +55,8 @@ class TrialArguments(BundleArguments):
     )
     max_eval_users: int | None = field(default=64, metadata={"help": "First rows of the split that are sampled."})
     num_generations: int = field(default=8, metadata={"help": "G, rollouts a user."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; give it as training does."})
+    top_k: int = field(default=0, metadata={"help": "Of the sampling, as in training; 0: the whole vocabulary."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     output: str | None = field(default=None, metadata={"help": "Also write the figures to this JSON file."})
 
@@ -84,10 +85,12 @@ def sampled(args: TrialArguments, policy_args: PolicyArguments) -> tuple[pl.Data
             limits.item_temperature,
             limits.forward_token_budget,
             args.temperature,
+            args.top_k,
             args.seed,
         )
     rollouts = rollout_rows(samples, users, bundle.prompts, len(bundle.table))
-    names = {"bundle": args.bundle, "adapter": policy_args.adapter, "temperature": args.temperature}
+    names = {"bundle": args.bundle, "adapter": policy_args.adapter}
+    names |= {"temperature": args.temperature, "top_k": args.top_k}
     facts = protocol(
         card, {**bundle.settings(), **names, "num_generations": args.num_generations}, args.seed, args.split
     )

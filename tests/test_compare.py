@@ -37,6 +37,10 @@ def test_two_folders(tmp_path, monkeypatch, capsys):
     assert set(comparison["systems"][str(after)]["masked"]) == {"hit@1"}
     assert comparison["protocol_differences"][str(after)] == {"settings.reasoning": ["none", "full"]}
     assert figure.read_bytes().startswith(b"\x89PNG")
+    compare(monkeypatch, *words[:4], "--cutoffs", 1, 5, "--output", output)
+    every = json.loads(output.read_text())["systems"][str(after)]["unmasked"]
+    assert list(every) == ["hit@1", "ndcg@1", "mrr@1", "hit@5", "ndcg@5", "mrr@5"]
+    assert every["hit@1"]["difference"] == 0.5
 
 
 def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
@@ -60,6 +64,7 @@ def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
         (["--after", "{none}"], "holds no ranks.parquet"),
         (["--after", "{before}", "--afterr", "x"], "unknown flag '--afterr'"),
         (["--after", "{before}", "--metrics", "hit@0"], "The cutoff is 0"),
+        (["--after", "{before}", "--metrics", "hit@5", "--cutoffs", "5"], "give one of them"),
         (["--after", "{before}", "--metrics", "auc@5"], "`auc@5` is no metric"),
         (["--after", "{split}"], "before and {split} cannot be compared: their protocols differ in split ('test' and"),
         (["--after", "{before}", "--before", "a={before}", "b={before}"], "--before is one system, not a, b"),

@@ -50,8 +50,10 @@ FLAGS = {
     "bf16": (HERE, "test_scoring_flags"),
     "engine": ("vllm_backend/test_engine.py", ""),
     **dict.fromkeys(["audit", "beside"], (HERE, "test_reasoning_audit_recipe")),
-    **dict.fromkeys(["rollouts", "num_generations", "temperature"], (HERE, "test_try_reward_recipe")),
-    **dict.fromkeys(["before", "after", "metrics", "output", "figure"], ("test_compare.py", "test_two_folders")),
+    **dict.fromkeys(["rollouts", "num_generations", "temperature", "top_k"], (HERE, "test_try_reward_recipe")),
+    **dict.fromkeys(
+        ["before", "after", "metrics", "cutoffs", "output", "figure"], ("test_compare.py", "test_two_folders")
+    ),
     **dict.fromkeys(["reward_mix", "reward_cutoff"], ("test_rewards.py", "")),
     **dict.fromkeys(["advantage", "item_coef", "item_negatives", "item_credit"], ("training/test_objective.py", "")),
     "token_coef": (TRAINER, ""),
@@ -494,3 +496,6 @@ def test_try_reward_recipe(launch, written, shop, shop_folder, tmp_path, capsys)
     cold = json.loads(out.read_text())
     assert cold["rewards"]["fused"]["without_signal"] == 1 and cold["protocol"]["split"] == "test"
     assert cold["protocol"]["seed"] == 1
+    one = ["--top_k", 1, "--rollouts", tmp_path / "one.parquet"]  # of one word no two rollouts are made
+    launch("try_reward", *words, *one, "--output", out)
+    assert json.loads(out.read_text())["rewards"]["fused"]["without_signal"] == 1

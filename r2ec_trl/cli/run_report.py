@@ -18,7 +18,7 @@ from r2ec_trl.bundle.meta import read_json
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.reasoning_audit import draw_audit
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, read_ranks
+from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, flat, read_ranks
 from r2ec_trl.files import write_text
 from r2ec_trl.metrics import PERCENT
 from r2ec_trl.training.health import VALIDATION_NDCG
@@ -76,7 +76,7 @@ def write_run_report(
         audit_picture=_svg(draw_audit(modes)) if modes else None,
         users=[_user(frames, row, why, titles, users) for row, why in shown_rows(frames)],
         command=result["training"].get("command", "not recorded"),
-        protocol=list(_flat(result["protocol"]).items()),
+        protocol=list(flat(result["protocol"]).items()),
     )
     write_text(folder / REPORT_FILE, page)
     return folder / REPORT_FILE
@@ -139,10 +139,3 @@ def _read(file: Path, hint: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"There is no {file}; {hint}.")
     return read_json(file)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found

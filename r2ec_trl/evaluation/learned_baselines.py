@@ -71,7 +71,8 @@ def tune(
             highest, worse = (value, 0) if value > highest else (highest, worse + 1)
             if worse == PATIENCE:
                 break
-    assert best is not None, "a grid has at least one point"
+    if best is None:
+        raise UserError("The grid is empty, so there is nothing to choose; give each setting a value to try.")
     return best[1], sorted(tries, key=lambda one: -one["ndcg@10"])
 
 

@@ -32,13 +32,14 @@ def sample_reasonings(
     max_new_tokens: int,
     token_budget: int,
     temperature: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
 ) -> list[Rollout]:
     """
-    `num_samples` reasonings a prompt, prompt after prompt, drawn as training draws them: the whole vocabulary, T = 1
-    by default. The random state of the caller is left as it was.
+    `num_samples` reasonings a prompt, prompt after prompt, from the policy's own distribution by default: T = 1, the
+    whole vocabulary. The random state of the caller is left as it was.
     """
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": top_k}
     repeated = [ids for ids in prompt_ids for _ in range(num_samples)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -80,6 +81,7 @@ def sample_users(
     item_temperature: float,
     token_budget: int = 16_384,
     temperature: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
 ) -> tuple[pl.DataFrame, list[Rollout]]:
     """
@@ -94,8 +96,8 @@ def sample_users(
             G.
         max_new_tokens (`int`), item_temperature (`float`), token_budget (`int`):
             Longest reasoning, τ, and tokens of a forward.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Of the sampling.
+        temperature (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
+            Of the sampling; 0 leaves the whole vocabulary.
         seed (`int`, *optional*, defaults to `0`):
             Of the sampling.
 
@@ -107,7 +109,9 @@ def sample_users(
     """
     reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
     user_ids = [prompts.user_ids(user) for user in users]
-    rollouts = sample_reasonings(model, reader, user_ids, num_samples, max_new_tokens, token_budget, temperature, seed)
+    rollouts = sample_reasonings(
+        model, reader, user_ids, num_samples, max_new_tokens, token_budget, temperature, top_k, seed
+    )
     row = np.repeat(np.arange(len(users)), num_samples)
     prompt_ids = [user_ids[i] for i in row]
     sequences = [[*prompt, *rollout.ids] for prompt, rollout in zip(prompt_ids, rollouts, strict=True)]

@@ -155,6 +155,8 @@ def test_recbole(tmp_path, content):
 
 
 @FUZZ
+@example(DATA, b"1|Toy Story (1995)|01-Jan-1995||http://x|0|1\n", b"\n")
+@example(DATA, b"1|Toy Story (1995)|01-Jan-1995||http://x|0|1\n", b"Drama|0\nDrama|1\n")
 @given(damaged(DATA), damaged(b"1|Toy Story (1995)|01-Jan-1995||http://x|0|1\n"), damaged(b"unknown|0\nDrama|1\n"))
 def test_movielens_100k(tmp_path, ratings, items, genres):
     for name, content in {"u.data": ratings, "u.item": items, "u.genre": genres}.items():

@@ -7,12 +7,7 @@ from datasets import Dataset
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.reward_trial import read_rollouts, rewards_of, rollout_rows, try_rewards, write_rollouts
 from r2ec_trl.evaluation.sampling import sample_users
-from r2ec_trl.items.encoding import make_encoder, make_table
-from r2ec_trl.policy.answer_state import add_answer_state
-from r2ec_trl.policy.prompts import PromptConfig, Prompts
 from r2ec_trl.rewards import fused_reward, ndcg_reward
-
-SHORT = PromptConfig(user_template="{history}", item_template="{fields}", item_fields=("title",))
 
 
 def rollouts(ranks=((1, 3), (2, 2)), texts=("a", "bb", "ccc", "dddd")):
@@ -84,12 +79,8 @@ def test_a_reward_gets_what_training_gives_and_nothing_else():
     assert seen["prompts"][0] == [{"role": "user", "content": "x"}]
 
 
-def test_from_a_model_through_a_file_and_back(tiny_model, chat_tokenizer, shop, tmp_path):
-    model = tiny_model("llama")
-    add_answer_state(model)
-    prompts = Prompts(chat_tokenizer, SHORT, shop["items"])
-    table = make_table(prompts, shop["items"], "cosine", "cpu")
-    table.refresh(make_encoder(model, prompts, 16_384))
+def test_from_a_model_through_a_file_and_back(recommender, shop, tmp_path):
+    model, prompts, table = recommender
     users = shop["validation"].select([4, 1])
     samples, _ = sample_users(model, prompts, table, users, 3, 4, 0.05)
     rows = rollout_rows(samples, users, prompts, len(table))

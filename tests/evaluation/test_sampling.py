@@ -7,23 +7,7 @@ from oracle import double_model, forward, unit
 
 from r2ec_trl.evaluation.sampling import log_likelihoods, most_likely, sample_reasonings, sample_users
 from r2ec_trl.evaluation.users import evaluate_users
-from r2ec_trl.items.encoding import make_encoder, make_table
-from r2ec_trl.policy.answer_state import add_answer_state
-from r2ec_trl.policy.prompts import PromptConfig, Prompts
 from r2ec_trl.policy.rollouts import MarkerReader
-
-SHORT = PromptConfig(user_template="{history}", item_template="{fields}", item_fields=("title",))
-
-
-@pytest.fixture
-def recommender(tiny_model, chat_tokenizer, shop):
-    model = tiny_model("llama")
-    add_answer_state(model)
-    prompts = Prompts(chat_tokenizer, SHORT, shop["items"])
-    table = make_table(prompts, shop["items"], "cosine", "cpu")
-    with torch.no_grad():
-        table.refresh(make_encoder(model, prompts, 16_384))
-    return model, prompts, table
 
 
 def test_each_sample_has_the_rank_and_likelihood_of_a_plain_loop(recommender, shop, tiny_model):

@@ -19,18 +19,6 @@ from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 SHORT = PromptConfig(user_template="{history}", item_template="{fields}", item_fields=("title",))
 
 
-@pytest.fixture
-def recommender(tiny_model, chat_tokenizer, shop):
-    """A model, its prompts and its encoded table."""
-    model = tiny_model("llama")
-    add_answer_state(model)
-    prompts = Prompts(chat_tokenizer, SHORT, shop["items"])
-    table = make_table(prompts, shop["items"], "cosine", "cpu")
-    with torch.no_grad():
-        table.refresh(make_encoder(model, prompts, 16_384))
-    return model, prompts, table
-
-
 def rollout(*ids) -> Rollout:
     return Rollout(list(ids), [1] * len(ids), True, False, False)
 

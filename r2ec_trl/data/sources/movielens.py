@@ -62,7 +62,10 @@ def _genre_names(path: Path) -> list[str]:
     """The file's lines are `name|number`, in the order of the flags in `u.item`."""
     if not path.is_file():
         raise UserError(f"'{path.parent}' has no {path.name}: unpack the whole archive.")
-    return [line.split("|")[0] for line in path.read_text(encoding="latin-1").split()]
+    names = [line.split("|")[0] for line in path.read_text(encoding="latin-1").split()]
+    if not names:
+        raise UserError(f"{path} is empty: unpack the archive again.")
+    return names
 
 
 def _read_dat(ratings: Path, items: Path, skipped: Counter[str] | None) -> tuple[pl.DataFrame, pl.DataFrame]:

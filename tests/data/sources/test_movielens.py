@@ -25,6 +25,14 @@ def test_movielens_100k(tmp_path):
     ]
 
 
+def test_a_file_of_genres_without_any_is_one_sentence(tmp_path):
+    (tmp_path / "u.data").write_text("1\t1\t5\t881250949\n")
+    (tmp_path / "u.item").write_text("1|Toy Story (1995)|01-Jan-1995||http://x|0\n")
+    (tmp_path / "u.genre").write_text("\n")
+    with pytest.raises(UserError, match="u.genre is empty: unpack the archive again"):
+        import_movielens(tmp_path)
+
+
 def test_movielens_1m(tmp_path):
     (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n1::661::3::978302109\n")
     (tmp_path / "movies.dat").write_bytes(
