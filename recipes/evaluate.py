@@ -38,7 +38,7 @@ from r2ec_trl.cli.run_end import write_evaluation
 from r2ec_trl.cli.run_start import check_writable, first_rows
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.comparison import differences
+from r2ec_trl.evaluation.comparison import check_rows, differences
 from r2ec_trl.evaluation.reasoning_audit import COUNTED_MODES, audit_modes, audit_reasoning, split_mode
 from r2ec_trl.evaluation.report import MASKS, finite, protocol, read_ranks
 from r2ec_trl.evaluation.sampling import most_likely, sample_users
@@ -187,16 +187,19 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
     names = {"bundle": args.bundle, "adapter": policy_args.adapter, "engine": args.engine}
     settings = {**bundle.settings(), **names}
     facts = protocol(card, settings, args.seed, args.split)
-    beside = {Path(folder).name: _beside(folder, facts, users) for folder in args.beside}
+    beside: dict[str, pl.DataFrame] = {}
+    for folder in args.beside:
+        name = Path(folder).name
+        beside[folder if name in {*wanted, *beside} else name] = _beside(folder, facts, users)
     modes, frames, seconds = Modes(args, bundle, users, accelerator), {}, {}
     for mode in wanted:
         frame, seconds[mode] = modes(mode)
         frames[mode] = frame
         if accelerator.is_main_process:
-            folder = Path(args.output_dir) if len(wanted) == 1 else Path(args.output_dir) / mode.replace(":", "_")
+            place = Path(args.output_dir) if len(wanted) == 1 else Path(args.output_dir) / mode.replace(":", "_")
             own = {**facts, "settings": {**facts["settings"], "reasoning": mode}}
             alone = bundle.evaluate(without_histories(users), mode) if mode in ("full", "none") else None
-            result = write_evaluation(folder, frame, dataset, card, users, own, alone)
+            result = write_evaluation(place, frame, dataset, card, users, own, alone)
             if args.record and mode in ("full", "none"):
                 name = "after" if mode == bundle.meta.protocol.reasoning else f"reasoning_{mode}"
                 bundle.record_metrics({**bundle.meta.metrics, name: result})
@@ -214,9 +217,9 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
 def _beside(folder: str, facts: dict[str, Any], users: Dataset) -> pl.DataFrame:
     """The ranks of another evaluation; [`UserError`] where it is not of these rows."""
     frame, theirs = read_ranks(folder)
-    differences(facts, theirs)
-    if frame["user_id"].to_list() != users["user_id"][:] or frame["target"].to_list() != users["target"][:]:
-        raise UserError(f"--beside {folder} is of other rows; evaluate it with the same --max_eval_users.")
+    names = f"--beside {folder} and these rows"
+    differences(facts, theirs, names)
+    check_rows(pl.DataFrame({name: users[name][:] for name in ("user_id", "target")}), frame, names)
     return frame
 
 

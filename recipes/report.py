@@ -10,11 +10,13 @@ seconds.
 
 from dataclasses import dataclass, field
 
+import polars as pl
+
 from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.run_report import write_run_report
 from r2ec_trl.cli.terminal import say
-from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.comparison import check_rows
 from r2ec_trl.evaluation.report import read_ranks
 
 
@@ -31,10 +33,10 @@ class ReportArguments(DataArguments):
 def main() -> None:
     (args,) = parse((ReportArguments,), description=__doc__)
     dataset, _ = load_dataset(args.dataset, args.run)
-    frame, _ = read_ranks(args.run)
-    if frame["user_id"].to_list() != dataset["test"]["user_id"][: frame.height]:
-        raise UserError(f"--dataset {args.dataset} holds other test rows than {args.run}; give the run's own.")
-    say(f"{write_run_report(args.run, dataset['items'], dataset['test'], args.audit)} is written.")
+    frame, test = read_ranks(args.run)[0], dataset["test"]
+    rows = pl.DataFrame({name: test[name][: frame.height] for name in ("user_id", "target")})
+    check_rows(rows, frame, f"The run {args.run} and the test rows of {args.dataset}")
+    say(f"{write_run_report(args.run, dataset['items'], test, args.audit)} is written.")
 
 
 if __name__ == "__main__":

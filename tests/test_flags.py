@@ -50,6 +50,8 @@ FLAGS = {
     "bf16": (HERE, "test_scoring_flags"),
     "engine": ("vllm_backend/test_engine.py", ""),
     **dict.fromkeys(["audit", "beside"], (HERE, "test_reasoning_audit_recipe")),
+    "run": (HERE, "test_report_recipe"),
+    **dict.fromkeys(["systems", "text_encoder", "max_history_items"], (HERE, "test_baselines_recipe")),
     **dict.fromkeys(["rollouts", "num_generations", "temperature", "top_k"], (HERE, "test_try_reward_recipe")),
     **dict.fromkeys(
         ["before", "after", "metrics", "cutoffs", "output", "figure"], ("test_compare.py", "test_two_folders")
@@ -110,6 +112,7 @@ def test_every_flag_of_ours_has_a_test():
     ours = flags_of(RunArguments, recipe_of("recpo")["RecPOScriptArguments"], evaluate, compare)
     ours |= flags_of(RecPOConfig, without=[GRPOConfig]) | flags_of(ContrastiveConfig, without=[TrainingArguments])
     ours |= flags_of(PolicyArguments, without=[ModelConfig]) | flags_of(recipe_of("try_reward")["TrialArguments"])
+    ours |= flags_of(recipe_of("report")["ReportArguments"], recipe_of("baselines")["BaselineArguments"])
     named = {**dict.fromkeys(PROMPT_FLAGS, (HERE, "test_prompt_flags")), **FLAGS}
     named = {**dict.fromkeys(SCORING_FLAGS, (HERE, "test_scoring_flags")), **named}
     assert ours == ours & set(named), f"no test in which they change something: {sorted(ours - set(named))}"
@@ -451,14 +454,61 @@ def test_reasoning_audit_recipe(launch, written, shop, shop_folder, tmp_path, ca
         )
     full, first = (frames[mode][0]["reasoning"] for mode in ("full", "first:4"))
     assert all(one.startswith(two.removesuffix("<answer>")) for one, two in zip(full, first, strict=True))
+    launch(
+        "evaluate",
+        *words,
+        "--reasoning",
+        "none",
+        "--audit",
+        "true",
+        "--beside",
+        tmp_path / "audit" / "none",
+        out=tmp_path,
+    )
+    same = json.loads((tmp_path / "reasoning_audit.json").read_text())["modes"]
+    assert list(same) == ["none", str(tmp_path / "audit" / "none")]  # no name is taken twice
     plain = found["modes"]["plain"]
     assert plain["seconds"] is None and plain["unmasked"]["value"] == found["modes"]["none"]["unmasked"]["value"]
-    with pytest.raises(UserError, match="is of other rows"):
+    with pytest.raises(UserError, match="--beside .* and these rows cannot be compared"):
         launch(
             "evaluate", *words, "--audit", "true", "--beside", tmp_path / "plain", "--max_eval_users", 3, out=tmp_path
         )
     with pytest.raises(UserError, match="--beside is shown in the audit"):
         launch("evaluate", *words, "--beside", tmp_path / "plain", out=tmp_path)
+
+
+def test_baselines_recipe(launch, shop, shop_folder, tmp_path):
+    """`systems`, `split`, `max_eval_users`, `max_history_items` and `seed`; texts need `text_encoder`."""
+    words = ["--dataset", shop_folder, "--systems", "item_to_item"]
+    launch("baselines", *words, out=tmp_path / "all")
+    frame, protocol = read_ranks(tmp_path / "all" / "item_to_item")
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["item_to_item"] and protocol["split"] == "test"
+    assert frame["user_id"].to_list() == shop["test"]["user_id"][:]
+    more = ["--split", "validation", "--max_eval_users", 4, "--max_history_items", 1, "--seed", 3]
+    launch("baselines", *words, *more, out=tmp_path / "few")
+    few, protocol = read_ranks(tmp_path / "few" / "item_to_item")
+    assert few["user_id"].to_list() == shop["validation"]["user_id"][:4] and protocol["seed"] == 3
+    assert protocol["split"] == "validation" and protocol["settings"]["max_history_items"] == 1
+    with pytest.raises(UserError, match="needs --text_encoder"):
+        launch("baselines", "--dataset", shop_folder, "--systems", "text_neighbours", out=tmp_path)
+
+
+def test_report_recipe(launch, warm, shop, shop_folder, tmp_path):
+    """Written anew for the `run` that is named, with the `audit` in it; another dataset's rows are refused."""
+    one = {
+        "tokens": 3.0,
+        "seconds": 0.5,
+        **dict.fromkeys(["unmasked", "masked"], {"value": 0.125, "low": 0, "high": 1}),
+    }
+    (tmp_path / "a.json").write_text(json.dumps({"modes": {"first:3": one}}))
+    report = warm / "report.html"
+    report.unlink()
+    launch("report", "--run", warm, "--dataset", shop_folder)
+    assert "first:3" not in report.read_text() and shop["test"]["user_id"][0] in report.read_text()
+    launch("report", "--run", warm, "--dataset", shop_folder, "--audit", tmp_path / "a.json")
+    assert "first:3" in report.read_text() and "0.1250" in report.read_text()
+    with pytest.raises(UserError, match="test rows of demo cannot be compared"):
+        launch("report", "--run", warm, "--dataset", "demo")
 
 
 def test_try_reward_recipe(launch, written, shop, shop_folder, tmp_path, capsys):
