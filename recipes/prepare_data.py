@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -171,7 +173,8 @@ def main() -> None:
     start_logging()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     source, filters, split, output = arguments = parse(ARGUMENTS, description=__doc__)
-    check_flags({name: value for part in arguments for name, value in vars(part).items()})
+    said = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    check_flags({name: value for part in arguments for name, value in vars(part).items()}, said)
     if output.check:
         check(output.check)
         return
@@ -199,14 +202,17 @@ def main() -> None:
         logger.warning("%s is written, but its splits leak: see the table of leakage.", output.output)
 
 
-def check_flags(values: dict[str, Any]) -> None:
-    """Refuse what cannot be meant: flags that the source or other flags leave without effect, nonsense numbers."""
+def check_flags(values: dict[str, Any], said: Collection[str] = ()) -> None:
+    """
+    Refuse what cannot be meant: flags that the source or other flags leave without effect, nonsense numbers. A flag
+    that was `said` asks for its default too, unless that is to do nothing.
+    """
     defaults = {
         one.name: one.default if one.default_factory is MISSING else one.default_factory()
         for part in ARGUMENTS
         for one in fields(part)
     }
-    given = [name for name, value in values.items() if value != defaults[name]]
+    given = [name for name, value in values.items() if value != defaults[name] or (value and name in said)]
     if values["check"]:
         if given != ["check"]:
             raise UserError(f"--check audits a folder alone: leave --{given[given[0] == 'check']} out.")

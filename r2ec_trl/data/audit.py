@@ -155,7 +155,7 @@ def _split_figures(
         "rows_with_target_never_trained": int((~as_target[columns["target"]]).sum()),
         "repeat_targets": int(columns["repeats"].sum()),
         "hit_cap_under_mask": float(1 - columns["repeats"].mean()),
-        "duplicate_rows": rows - _row_keys(columns).n_unique(),
+        "duplicate_rows": rows - _row_keys(columns, "time" in columns).n_unique(),
         "history_length": {
             "mean": float(length.mean()),
             "median": float(np.median(length)),
@@ -178,9 +178,9 @@ def _bucket_name(at: int) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _row_keys(columns: _Columns) -> pl.DataFrame:
+def _row_keys(columns: _Columns, timed: bool) -> pl.DataFrame:
     """What tells two rows apart: user, target and the time, or the history where there are no times."""
-    third = columns["time"] if "time" in columns else columns["history_hash"]
+    third = columns["time"] if timed else columns["history_hash"]
     return pl.DataFrame({"user": columns["user"], "target": columns["target"], "third": third})
 
 
@@ -209,9 +209,10 @@ def _leakage(columns: Mapping[str, _Columns], split_rule: str | None) -> dict[st
         found["history_after_target"] = sum(int((part["newest"] > part["time"]).sum()) for part in every)
     if all("unordered" in part for part in every):
         found["history_out_of_order"] = sum(int(part["unordered"].sum()) for part in every)
-    keys = pl.concat([_row_keys(part).unique() for part in every])
+    timed = all("time" in part for part in every)
+    keys = pl.concat([_row_keys(part, timed).unique() for part in every])
     found["row_in_two_splits"] = keys.height - keys.n_unique()
-    if all("time" in part for part in every):
+    if timed:
         found["train_after_held_out"] = _train_after_held_out(columns)
         if split_rule in ("time_ratio", "time_cut"):
             found["splits_overlap_in_time"] = _overlap(columns["train"], columns["validation"]) + _overlap(

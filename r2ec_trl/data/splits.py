@@ -91,7 +91,7 @@ def split_targets(events: Events, rule: SplitRule, dropped: Counter[str]) -> dic
         code = _by_cut(events.time[possible], rule, events.ticks_per_second)
     chosen = {split: possible[code == SPLIT_CODES[split]] for split in SPLITS}
     chosen["train"] = _thinned(chosen["train"], events.user, rule, dropped)
-    return _checked({split: Targets(events, positions) for split, positions in chosen.items()}, rule)
+    return _checked({split: Targets(events, positions) for split, positions in chosen.items()}, rule, dropped)
 
 
 def seen_before(user: np.ndarray) -> np.ndarray:
@@ -142,7 +142,7 @@ def _given(events: Events, rule: SplitRule, dropped: Counter[str]) -> dict[str, 
         if split == "train":
             positions = _thinned(positions, visible.user, rule, dropped)
         chosen[split] = Targets(visible, positions)
-    return _checked(chosen, rule)
+    return _checked(chosen, rule, dropped)
 
 
 def _thinned(positions: np.ndarray, user: np.ndarray, rule: SplitRule, dropped: Counter[str]) -> np.ndarray:
@@ -154,11 +154,17 @@ def _thinned(positions: np.ndarray, user: np.ndarray, rule: SplitRule, dropped: 
     return last
 
 
-def _checked(chosen: dict[str, Targets], rule: SplitRule) -> dict[str, Targets]:
+def _checked(chosen: dict[str, Targets], rule: SplitRule, dropped: Counter[str]) -> dict[str, Targets]:
     for split, targets in chosen.items():
         if not len(targets.positions):
             raise UserError(
-                f"Split rule {rule.name} leaves no row for '{split}': filter less (--k_core, --min_history, the time "
-                "window), or choose another rule."
+                f"Split rule {rule.name} leaves no row for '{split}' ({largest(dropped)}): filter less (--k_core, "
+                "--min_history, the time window), or choose another rule."
             )
     return chosen
+
+
+def largest(dropped: Counter[str]) -> str:
+    """The three causes that took most, for a sentence."""
+    causes = [f"{cause}: {count:,}" for cause, count in dropped.most_common(3) if count]
+    return "; ".join(causes) or "nothing was dropped"

@@ -128,3 +128,14 @@ def test_changed_rows_are_found(tmp_path):
     stored["sha256"]["test"] = "0" * 64
     file.write_text(json.dumps(stored))
     assert check_folder(tmp_path / "folder")[1] == ["the rows of 'test' are not those of the card's SHA-256"]
+
+
+def test_times_in_one_split_alone():
+    """Then rows are told apart by their histories, as where there are no times."""
+    mixed = dataset(times=False)
+    mixed["train"] = dataset()["train"]
+    audit = audit_dataset(mixed, "given")
+    assert (
+        audit["leakage"]["row_in_two_splits"]
+        == audit_dataset(dataset(times=False), "given")["leakage"]["row_in_two_splits"]
+    )

@@ -154,7 +154,7 @@ def test_an_unknown_unit(table):
 
 
 PACKED = {
-    "log.csv.zip": "is a zip archive: unpack it first",
+    "log.csv.zip": "is a zip archive: unpack it first .an Excel workbook: save it as CSV",
     "log.csv.xz": "is a xz archive",
     "log.csv.bz2": "is a bzip2 archive",
     "log.tar": "is a tar archive",
@@ -163,7 +163,8 @@ PACKED = {
     "parquet.csv": "is a parquet file: name it .parquet",
     "utf16.csv": "is UTF-16 text: save it as UTF-8",
     "utf16le.csv": "is UTF-16 text or no text at all: save it as UTF-8",
-    "utf32.csv": "is UTF-16 text: save it as UTF-8",
+    "feather.csv": "is an Arrow .Feather. file: save it as .parquet",
+    "utf32.csv": "is UTF-32 text: save it as UTF-8",
     "latin.csv": "row 1: not utf-8 text",
     "mac.csv": "header line: a carriage return inside a line",
 }
@@ -181,6 +182,8 @@ def test_files_of_another_kind(tmp_path, name):
             archive.add(tmp_path / "log.csv", "log.csv")
     elif name == "parquet.csv":
         pq.write_table(pa.table({"user_id": ["u"]}), path)
+    elif name == "feather.csv":
+        pl.DataFrame({"user_id": ["u"]}).write_ipc(path)
     else:
         coded = {"utf16": "utf-16", "utf16le": "utf-16-le", "utf32": "utf-32"}.get(name.split(".")[0], "utf-8")
         content = LOG.encode(coded)

@@ -250,6 +250,12 @@ def test_flags_of_another_source(made, tmp_path, source, flag):
     assert f"--{flag} does not apply to --source {source}: leave it out" in made(*words, source=False)
 
 
+@pytest.mark.parametrize("words", ["--max_history 20", "--split leave_one_out", "--ratio 0.8 0.1 0.1"])
+def test_a_default_that_was_asked_for_is_no_less_refused(made, tmp_path, words):
+    said = made("--source", "sequences", "--input", tmp_path, *words.split(), source=False)
+    assert f"{words.split()[0]} does not apply to --source sequences: leave it out" in said
+
+
 def test_every_flag_is_tested(recipe):
     words = set(re.findall(r"--(\w+)", Path(__file__).read_text(encoding="utf-8")))
     assert {one.name for part in recipe.ARGUMENTS for one in fields(part)} - words == set()

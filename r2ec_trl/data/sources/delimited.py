@@ -103,7 +103,7 @@ def column_names(path: str | os.PathLike[str], dialect: Dialect | None = None) -
     """The columns a delimited or parquet file has."""
     if dialect is None and Path(path).name.lower().endswith((".parquet", ".pq")):
         with _open_parquet(path) as file:
-            return _unique(file.schema_arrow.names, path)
+            return list(_named(file.schema_arrow.names, path))
     dialect = dialect or Dialect(separator="\t" if ".tsv" in Path(path).name.lower() else ",")
     first = next(blocks(path, 1 << 16), (1, b""))[1]
     return _header(first.partition(b"\n")[0], dialect, path)
@@ -114,8 +114,16 @@ def _chosen(
 ) -> dict[str, str]:
     for name, source in columns.items():
         if source not in found and name not in optional:
-            raise UserError(f"{path} has no column '{source}' (for {name}); it has {listing(found)}.")
+            raise no_column(path, f"'{source}' (for {name})", found)
     return {name: source for name, source in columns.items() if source in found}
+
+
+def no_column(path: str | os.PathLike[str], what: str, found: Iterable[str]) -> UserError:
+    """The sentence for a column that a file lacks; one column alone may be all of them, with another separator."""
+    found = list(found)
+    other = next((sign for sign in ";\t|," if len(found) == 1 and sign in found[0]), None)
+    hint = f": its fields stand between {other!r}, so save it with another separator or name" if other else ""
+    return UserError(f"{path} has no column {what}; it has {listing(found)}{hint}.")
 
 
 def _without_absent(
@@ -147,7 +155,8 @@ def _read_parquet(
     """In batches, by Arrow: polars' own reader ends the program where a file is damaged."""
     row = 1
     with _open_parquet(path) as file:
-        chosen = _chosen(columns, _unique(file.schema_arrow.names, path), optional, path)
+        names = _named(file.schema_arrow.names, path)
+        chosen = {name: names[source] for name, source in _chosen(columns, list(names), optional, path).items()}
         try:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=list(chosen.values())):
                 batch.validate(full=True)  # text that is not UTF-8 would be undefined behaviour in polars
@@ -358,14 +367,21 @@ def _header(line: bytes, dialect: Dialect, path: str | os.PathLike[str]) -> list
         raise UserError(f"{path}, header line: {fields}; save the file as UTF-8 with one line a row.")
     if not fields:
         raise UserError(f"{path} has no header line to name its columns: write one.")
-    return _unique([name.strip() or f"{UNNAMED}{at}" for at, name in enumerate(fields)], path)
+    return list(_named(fields, path))
 
 
-def _unique(names: Sequence[str], path: str | os.PathLike[str]) -> list[str]:
+def _named(written: Sequence[str], path: str | os.PathLike[str]) -> dict[str, str]:
+    """From a column's name, without blanks around it and never empty, to how the file writes it."""
+    names = [name.strip() or f"{UNNAMED}{at}" for at, name in enumerate(written)]
+    check_unique(names, path)
+    return dict(zip(names, written))
+
+
+def check_unique(names: Iterable[str], path: str | os.PathLike[str]) -> None:
+    """Raise [`UserError`] if a file has two columns of one name."""
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise UserError(f"{path} names column '{listing(repeated[:1])}' twice: rename one.")
-    return list(names)
 
 
 def is_index(name: str) -> bool:

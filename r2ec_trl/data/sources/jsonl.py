@@ -30,14 +30,18 @@ Schema = dict[str, Any]  # column -> pl.String or pl.List(pl.String)
 
 _UNPACK = "is a {} archive: unpack it first"
 _NO_TEXT = {  # what a file that is no text begins with
-    b"PK\x03\x04": _UNPACK.format("zip"),
+    b"PK\x03\x04": "is a zip archive: unpack it first (an Excel workbook: save it as CSV)",
     b"PK\x05\x06": _UNPACK.format("zip"),
     b"\xfd7zXZ\x00": _UNPACK.format("xz"),
     b"BZh": _UNPACK.format("bzip2"),
     b"(\xb5/\xfd": _UNPACK.format("zstd"),
     b"7z\xbc\xaf": _UNPACK.format("7z"),
     b"\x1f\x8b": "is packed twice: unpack it once",
+    b"ARROW1": "is an Arrow (Feather) file: save it as .parquet",
+    b"\xd0\xcf\x11\xe0": "is an Excel workbook: save it as CSV",
+    b"SQLite format 3": "is a database: export the table as CSV",
     b"PAR1": "is a parquet file: name it .parquet",
+    b"\xff\xfe\0\0": "is UTF-32 text: save it as UTF-8",
     b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
 }
@@ -246,11 +250,14 @@ def parse_object(line: bytes) -> dict[str, Any]:
             sys.setrecursionlimit(limit + 3000)
             value = json.loads(text, object_pairs_hook=_first_of_each)
     except ValueError as error:
+        if line.strip() in (b"[", b"{"):
+            raise ValueError("not a JSON object but a line of one: write each on a line of its own") from error
         raise ValueError(f"not a JSON object ({' '.join(str(error).split())})") from error
     finally:
         sys.setrecursionlimit(limit)
     if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object (a {type(value).__name__})")
+        hint = ": write each of its objects on a line of its own" if isinstance(value, list) else ""
+        raise ValueError(f"not a JSON object (a {type(value).__name__}{hint})")
     return value
 
 

@@ -62,7 +62,7 @@ def _genre_names(path: Path) -> list[str]:
     """The file's lines are `name|number`, in the order of the flags in `u.item`."""
     if not path.is_file():
         raise UserError(f"'{path.parent}' has no {path.name}: unpack the whole archive.")
-    names = [line.split("|")[0] for line in path.read_text(encoding="latin-1").split()]
+    names = [line.split("|")[0] for line in path.read_text(encoding="latin-1").splitlines() if line.strip()]
     if not names:
         raise UserError(f"{path} is empty: unpack the archive again.")
     return names

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import polars as pl
 
-from r2ec_trl.data.sources.delimited import Dialect, column_names, read_table
+from r2ec_trl.data.sources.delimited import Dialect, check_unique, column_names, no_column, read_table
 from r2ec_trl.data.sources.jsonl import listing
-from r2ec_trl.data.sources.source import SPLIT_CODES, UNITS, Kind, Source, check_interactions, check_same_ids
+from r2ec_trl.data.sources.source import (
+    SPLIT_CODES,
+    UNIT_FLAG,
+    UNITS,
+    Kind,
+    Source,
+    check_interactions,
+    check_same_ids,
+)
 from r2ec_trl.data.sources.table import import_items
 from r2ec_trl.errors import UserError
 
@@ -58,7 +66,7 @@ def import_recbole(
         columns = {key: types.get(column, column) for key, column in wanted.items()}
         optional = ["rating"] if rating_column == "rating" else []
         frames = read_table(path, columns, dialect=_DIALECT, optional=optional, skipped=skipped)
-        frame = check_interactions(frames, path, skipped=skipped, unit=timestamp_unit)
+        frame = check_interactions(frames, path, skipped=skipped, unit=timestamp_unit, flag=UNIT_FLAG)
         if split:
             frame = frame.with_columns(pl.lit(SPLIT_CODES[split], dtype=pl.Int8).alias("split"))
         interactions.append(frame)
@@ -87,7 +95,10 @@ def _find(folder: Path) -> tuple[str, dict[str, Path]]:
 
 def _typed_names(path: Path) -> dict[str, str]:
     """From a field's name to its header cell, `name:type`."""
-    return {cell.rsplit(":", 1)[0]: cell for cell in column_names(path, _DIALECT)}
+    cells = column_names(path, _DIALECT)
+    names = [cell.rsplit(":", 1)[0].strip() for cell in cells]
+    check_unique(names, path)
+    return dict(zip(names, cells))
 
 
 def _items(path: Path, item_column: str, title_column: str | None, skipped: Counter[str] | None) -> pl.DataFrame:
@@ -101,7 +112,7 @@ def _items(path: Path, item_column: str, title_column: str | None, skipped: Coun
         raise UserError(f"{path} has no title among {listing(types)}: name it with --title_column.")
     for name in (item_column, title):
         if name not in types:
-            raise UserError(f"{path} has no column '{name}'; it has {listing(types)}.")
+            raise no_column(path, f"'{name}'", types)
     items = import_items(path, types[item_column], types[title], dialect=_DIALECT, skipped=skipped)
     return items.rename({cell: name for name, cell in types.items() if cell in items.columns and name not in items})
 

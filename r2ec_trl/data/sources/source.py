@@ -18,8 +18,21 @@ from r2ec_trl.errors import UserError
 logger = logging.getLogger(__name__)
 
 TOO_LATE = 100_000_000_000  # seconds: the year 5138
+UNIT_FLAG = "--timestamp_unit"
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-MISSING = ("NaN", "nan", "<NA>", "NaT", "None", "null", "NULL")  # how other programs write that there is nothing
+MISSING = (
+    "NaN",
+    "nan",
+    "<NA>",
+    "NaT",
+    "None",
+    "null",
+    "NULL",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "\\N",
+)  # how other programs write that there is nothing
 _PARSED = "__parsed__"
 SPLIT_CODES = {"train": 0, "validation": 1, "test": 2}
 
@@ -87,6 +100,7 @@ def check_interactions(
     *,
     skipped: Counter[str] | None,
     unit: str = "s",
+    flag: str = "",
 ) -> pl.DataFrame:
     """
     Interactions with the right types, every bad row named or counted.
@@ -101,20 +115,28 @@ def check_interactions(
             None to raise at the first bad row; otherwise where they are counted.
         unit (`str`, *optional*, defaults to `"s"`):
             What `timestamp` counts: `"s"`, `"ms"`, `"us"` or `"ns"`.
+        flag (`str`, *optional*):
+            The flag by which the user chose it, where the source leaves a choice.
     """
     if unit not in UNITS:
-        raise UserError(f"--timestamp_unit {unit!r} is unknown: choose one of {', '.join(UNITS)}.")
-    checked = [_check(frame, path, skipped, UNITS[unit]) for frame in frames]
+        raise UserError(f"{UNIT_FLAG} {unit!r} is unknown: choose one of {', '.join(UNITS)}.")
+    checked = [_check(frame, path, skipped, unit, flag) for frame in frames]
     rows = pl.concat(checked) if checked else pl.DataFrame()
     if rows.is_empty():
         left = "no interaction is left after the bad rows" if checked else "the file is empty"
         raise UserError(f"{path}: {left}, and there must be at least one.")
+    latest: Any = rows["timestamp"].max()
+    if _fitting(latest, unit, finer=False):
+        logger.warning("%s: no time is after 1973 %s.", path, _other_unit(latest, unit, flag, finer=False))
+    if len(rows) > 1 and rows["timestamp"].min() == latest:
+        logger.warning("%s: every row has the same time, so that the order of a user's items is chance.", path)
     return rows
 
 
 def _check(
-    frame: pl.DataFrame, path: str | os.PathLike[str], skipped: Counter[str] | None, ticks: int
+    frame: pl.DataFrame, path: str | os.PathLike[str], skipped: Counter[str] | None, unit: str, flag: str
 ) -> pl.DataFrame:
+    ticks = UNITS[unit]
     frame = checked_ids(frame, ("user_id", "item_id"), path, skipped)
     text = [name for name in ("rating", "timestamp", "split") if frame.schema.get(name) == pl.String]
     frame = frame.with_columns(pl.col(text).str.strip_chars())
@@ -132,17 +154,23 @@ def _check(
     frame = reject(frame, time.is_null(), "has a timestamp that is no whole number", path, skipped, "timestamp")
     frame = reject(frame, time < 0, "has a negative timestamp", path, skipped, "timestamp")
     late = time > min(TOO_LATE * ticks, 2**63 - 1)
-    frame = reject(
-        frame, late, f"has a timestamp after the year 5000 {_other_unit(frame, ticks)}", path, skipped, "timestamp"
-    )
+    latest: Any = frame[_PARSED].max() or 0
+    fault = f"has a timestamp after the year 5000 {_other_unit(latest, unit, flag)}"
+    frame = reject(frame, late, fault, path, skipped, "timestamp")
     return frame.with_columns(time.alias("timestamp")).select(columns)
 
 
-def _other_unit(frame: pl.DataFrame, ticks: int) -> str:
-    """The unit in which the latest time would be of our days, for the sentence."""
-    latest: Any = frame[_PARSED].max() or 0
-    fits = [f" {name} would fit" for name, other in UNITS.items() if other > ticks and 1e8 < latest / other < 1e10]
-    return f"(is --timestamp_unit right?{''.join(fits[:1])})"
+def _fitting(latest: int, unit: str, finer: bool) -> list[str]:
+    """The units, all finer or all coarser than this one, in which the latest time would be of our days."""
+    units = UNITS.items() if finer else list(UNITS.items())[::-1]
+    others = (name for name, ticks in units if ticks != UNITS[unit] and (ticks > UNITS[unit]) is finer)
+    return [name for name in others if 1e8 < latest / UNITS[name] < 1e10]
+
+
+def _other_unit(latest: int, unit: str, flag: str, finer: bool = True) -> str:
+    """For the sentence about times of no days that anybody saw: what they would fit, and what can be done."""
+    fits = "".join(f" {name} would fit" for name in _fitting(latest, unit, finer)[:1])
+    return f"(is {flag} right?{fits})" if flag else f"(this source counts in {unit};{fits or ' convert them'})"
 
 
 def checked_ids(

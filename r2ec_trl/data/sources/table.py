@@ -8,10 +8,11 @@ from pathlib import Path
 
 import polars as pl
 
-from r2ec_trl.data.sources.delimited import Dialect, column_names, read_table
-from r2ec_trl.data.sources.jsonl import ROW, listing, read_objects, reject
+from r2ec_trl.data.sources.delimited import Dialect, column_names, no_column, read_table
+from r2ec_trl.data.sources.jsonl import ROW, read_objects, reject
 from r2ec_trl.data.sources.source import (
     SPLIT_CODES,
+    UNIT_FLAG,
     UNITS,
     Kind,
     Source,
@@ -70,7 +71,7 @@ def import_table(
     frames = read_table(path, columns, optional=optional, skipped=skipped)
     if split_column:
         frames = (_coded_split(frame, path, skipped) for frame in frames)
-    interactions = check_interactions(frames, path, skipped=skipped, unit=timestamp_unit)
+    interactions = check_interactions(frames, path, skipped=skipped, unit=timestamp_unit, flag=UNIT_FLAG)
     if items_path is None:
         items = pl.DataFrame(schema={"item_id": pl.String, "title": pl.String})
     else:
@@ -94,7 +95,7 @@ def import_items(
     found = column_names(path, dialect)
     for name in (item_column, title_column):
         if name not in found:
-            raise UserError(f"{path} has no column '{name}'; it has {listing(found)}.")
+            raise no_column(path, f"'{name}'", found)
     taken = (item_column, title_column, "item_id", "title", ROW)
     others = {name: name for name in found if name not in taken}
     columns = {"item_id": item_column, "title": title_column, **others}

@@ -44,3 +44,15 @@ def test_recbole_folders_that_are_none(tmp_path):
     recbole(tmp_path, "", name="other")
     with pytest.raises(UserError, match="holds files of other, shop"):
         import_recbole(tmp_path)
+
+
+def test_blanks_and_repeats_in_a_header(tmp_path):
+    recbole(
+        tmp_path, "user_id :token\titem_id :token\ttimestamp :float\nu\ti\t1\n", "item_id:token\ttitle:x\ni\tOne\n"
+    )
+    assert import_recbole(tmp_path).interactions.rows() == [("u", "i", 1)]
+    recbole(
+        tmp_path, "user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n", "item_id:x\ttitle:a\ttitle:b\ni\tA\tB\n"
+    )
+    with pytest.raises(UserError, match="shop.item names column 'title' twice: rename one"):
+        import_recbole(tmp_path)

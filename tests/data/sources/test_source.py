@@ -35,6 +35,32 @@ def test_a_unit_that_is_none():
         check_interactions([frame()], "t.csv", skipped=None, unit="h")
 
 
+@pytest.mark.parametrize(
+    "time, unit, flag, said",
+    [
+        (1_600_000_000, "ms", "--timestamp_unit", "no time is after 1973 (is --timestamp_unit right? s would fit)"),
+        (1_600_000_000, "ms", "", "no time is after 1973 (this source counts in ms; s would fit)"),
+        (1_600_000_000_000, "ns", "", "(this source counts in ns; ms would fit)"),
+        (1_600_000_000, "s", "", ""),
+        (90_000_000, "ms", "", ""),  # a day of times that begin at 0
+    ],
+)
+def test_times_in_a_coarser_unit_are_told(caplog, time, unit, flag, said):
+    check_interactions([frame(timestamp=[time, time - 1])], "t.csv", skipped=None, unit=unit, flag=flag)
+    assert said in caplog.text and bool(caplog.text) is bool(said)
+
+
+def test_a_source_without_the_flag_does_not_name_it():
+    sentence = r"t.csv, row 1 has a timestamp after the year 5000 \(this source counts in s; ms would fit\) \('16"
+    with pytest.raises(UserError, match=sentence):
+        check_interactions([frame(timestamp=["1600000000000", "1600000000001"])], "t.csv", skipped=None)
+
+
+def test_one_time_for_all_is_told(caplog):
+    check_interactions([frame(timestamp=["5", "5"])], "t.csv", skipped=None)
+    assert "every row has the same time" in caplog.text
+
+
 def test_flags_become_parameters():
     assert Kind(print, "input=folder skip_bad_rows").parameters == {
         "input": "folder",

@@ -1,11 +1,13 @@
 """Any table: columns by name, dates, given splits, bad rows."""
 
 import gzip
+import json
 
 import polars as pl
 import pytest
 
 from r2ec_trl.data import import_table
+from r2ec_trl.data.sources.table import import_items
 from r2ec_trl.errors import UserError
 
 
@@ -83,3 +85,36 @@ def test_bad_rows_are_named_or_counted(tmp_path, row, sentence):
     source = import_table(path, skip_bad_rows=True)
     assert source.interactions["timestamp"].to_list() in ([1, 2], [1])  # an open quote takes the next row with it
     assert sum(source.dropped.values()) == 1
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_blank_and_empty_names_of_columns(tmp_path, caplog, ending):
+    """A header is read alike in every format: blanks around a name are none of it, a nameless index is left out."""
+    frame = pl.DataFrame({" item_id": ["1"], "title ": ["One"], " brand ": ["b"], "": ["0"]})
+    path = tmp_path / f"items.{ending}"
+    frame.write_csv(path) if ending == "csv" else frame.write_parquet(path)
+    assert import_items(path, "item_id", "title").to_dicts() == [{"item_id": "1", "title": "One", "brand": "b"}]
+    assert "unnamed column 3 is an index without a name" in caplog.text
+
+
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+def test_another_separator_is_named(tmp_path, separator):
+    (tmp_path / "t.csv").write_text("user_id,item_id,timestamp\nu,i,1\n".replace(",", separator))
+    with pytest.raises(
+        UserError, match="t.csv has no column 'user_id' .* its fields stand between .*save it with"
+    ) as it:
+        import_table(tmp_path / "t.csv")
+    assert repr(separator) in str(it.value)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_of_rows_is_told(tmp_path, indent):
+    (tmp_path / "t.json").write_text(json.dumps([{"user_id": "u"}], indent=indent))
+    with pytest.raises(UserError, match="t.json, row 1: .*write each (of its objects )?on a line of its own"):
+        import_table(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("word", ["N/A", "\\N", "nan", "NULL"])
+def test_words_for_nothing_are_no_title(tmp_path, word):
+    (tmp_path / "i.csv").write_text(f"item_id,title\n1,{word}\n2,Two\n")
+    assert import_items(tmp_path / "i.csv", "item_id", "title")["title"].to_list() == [None, "Two"]
