@@ -14,6 +14,7 @@ validation is seen while training.
 Hardware, run time and measured results of each config: recipes/README.md.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_test, row
 from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
 from r2ec_trl.training.recpo_config import RecPOConfig
 from r2ec_trl.training.recpo_trainer import RecPOTrainer
+from r2ec_trl.vllm.guards import unused_engine
 
+logger = logging.getLogger(__name__)
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
@@ -61,6 +64,8 @@ def main() -> None:
         dataset, card = load_dataset(run_args.dataset, args.output_dir)
         test = rows_to_test(run_args, args, dataset)
         args.category = args.category or card["category"]
+        if (unused := unused_engine(args)) and args.process_index == 0:
+            logger.warning(unused)
         if args.gradient_checkpointing == "auto":
             make_plan(args, policy_args, dataset)
         model, tokenizer = load_policy(policy_args, trainable=True, trust_remote_code=args.trust_remote_code)

@@ -51,11 +51,12 @@ def test_a_folder_with_nothing_but_the_wheel(wheel, tmp_path):
     venv.create(place, with_pip=False)
     bin_folder = place / "bin"
     pip = [sys.executable, "-m", "pip", "--python", str(bin_folder / "python")]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, env=environment, cwd=tmp_path, timeout=120)
     site = next((place / "lib").glob("python*/site-packages"))
     others = [path for path in sys.path if path.endswith("site-packages")]
     (site / "others.pth").write_text("\n".join(others))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def r2ec(*words):
         return subprocess.run(
@@ -67,6 +68,6 @@ def test_a_folder_with_nothing_but_the_wheel(wheel, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     answer = r2ec("recommend", "--bundle", "run/bundle", "--history", "d000", "d020", "--format", "jsonl")
     assert answer.returncode == 0 and '"items"' in answer.stdout
-    subprocess.run([*pip, "uninstall", "-q", "-y", "r2ec_trl"], check=True, timeout=120)
+    subprocess.run([*pip, "uninstall", "-q", "-y", "r2ec_trl"], check=True, env=environment, cwd=tmp_path, timeout=120)
     left = [path for path in place.rglob("*") if "r2ec" in path.name and "__pycache__" not in str(path)]
     assert left == []

@@ -70,6 +70,17 @@ def test_vllm_not_installed(monkeypatch, make_trainer):
 
 
 @pytest.mark.parametrize(
+    ("use_vllm", "gpu", "installed", "said"),
+    [(False, True, True, True), (True, True, True, False), (False, False, True, False), (False, True, False, False)],
+)
+def test_an_engine_that_is_there_but_not_used_is_named(monkeypatch, use_vllm, gpu, installed, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(vllm_guards.importlib.util, "find_spec", lambda name: name if installed else None)
+    sentence = vllm_guards.unused_engine(SimpleNamespace(use_vllm=use_vllm))
+    assert "--use_vllm" in sentence if said else sentence is None
+
+
+@pytest.mark.parametrize(
     ("version", "fits"), [("0.21.1", False), ("0.22.0+cu130", True), ("0.31.0", True), ("0.32", False)]
 )
 def test_only_the_versions_trl_supports(monkeypatch, version, fits):
