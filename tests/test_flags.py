@@ -65,6 +65,7 @@ FLAGS = {
     **dict.fromkeys(["reasoning_share", "num_generations"], (SAMPLED, "test_flags_shape_what_is_sampled")),
     **dict.fromkeys(["temperature", "top_k"], (SAMPLED, "test_flags_shape_what_is_sampled")),
     "stop_coef": (SAMPLED, "test_groups_without_signal_teach_no_words"),
+    "taught_words": (SAMPLED, "test_taught_words_are_those_of_the_next_purchases"),
     **dict.fromkeys(["item_gradient", "table_refresh_budget", "table_refresh_steps", "watch_steps"], (TRAINER, "")),
     "mask_history": (TRAINER, ""),
     "slice_table": ("test_distributed.py", ""),

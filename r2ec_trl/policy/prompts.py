@@ -195,6 +195,15 @@ class Prompts:
             ids = self._item_ids(words, item)
         return ids + self.marker_ids
 
+    def title_ids(self, item_id: str, words: int) -> list[int]:
+        """Token ids of the first `words` words of an item's title, as text: no special token is among them."""
+        for clean in (self.plain.clean, self.plain.bare):
+            text = " ".join(clean(self.titles[item_id]).split()[:words])
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not self.plain.specials(ids):
+                return ids
+        raise UserError(f"Item {item_id}: the tokenizer reads its title as special tokens; change the title.")
+
     def fingerprint(self, dataset: Dataset) -> str:
         """Fingerprint for [`~datasets.Dataset.map`] of a dataset that these prompts are added to."""
         return hashlib.sha256((dataset._fingerprint + self.rendered_fingerprint()).encode()).hexdigest()[:16]

@@ -55,6 +55,13 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
             "so that the policy learns to stop by itself."
         },
     )
+    taught_words: int = field(
+        default=0,
+        metadata={
+            "help": "Instead of its own best reasoning, that loss teaches to name the next purchase: so many words of "
+            "its title, then the marker. 0: its own."
+        },
+    )
     min_reward_spread: float = field(
         default=0.0,
         metadata={
@@ -79,6 +86,10 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
         unread = [name for name in ("stop_coef", "min_reward_spread") if getattr(self, name)]
         if self.reasoning == "none" and unread:
             raise UserError(f"`{unread[0]}` is for sampled reasonings; add `--reasoning sampled`.")
+        if self.taught_words and not self.stop_coef:
+            raise UserError(
+                "`taught_words` says what `stop_coef` teaches, and that is 0; raise it, or leave both out."
+            )
         if self.reasoning == "sampled" and not self.reasoning_share:
             raise UserError("`reasoning_share` is 0, so nobody would reason; raise it, or add `--reasoning none`.")
 
@@ -185,7 +196,8 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         place = {row: position for position, row in enumerate(candidates)}
         positions = torch.tensor([place[row] for row in targets], device=rows.device)
         if outputs is None:
-            loss = self.sampled.loss(model, prompt_ids, rollouts, self.table.project, rows, positions)
+            items = [self.table.item_ids[row] for row in targets]
+            loss = self.sampled.loss(model, prompt_ids, rollouts, items, self.table.project, rows, positions)
         else:
             loss = contrastive_loss(
                 self.table.project(outputs.answer_state), rows, positions, self.args.item_temperature

@@ -35,7 +35,7 @@ class SampledReasoning:
             The trainer's.
         settings ([`~r2ec_trl.training.contrastive_trainer.ContrastiveConfig`]):
             `reasoning_share`, `num_generations`, `max_completion_length`, `temperature`, `top_k`, `stop_coef`,
-            `min_reward_spread` and `item_temperature`.
+            `taught_words`, `min_reward_spread` and `item_temperature`.
     """
 
     def __init__(self, prompts: Prompts, settings: Any, telemetry: Telemetry):
@@ -60,11 +60,16 @@ class SampledReasoning:
         nothing = self.reader.finish([], end_ids=[])
         return made + [nothing] * (len(prompt_ids) - self.num_reasoned(len(prompt_ids)))
 
+    def taught(self, item_id: str) -> list[int]:
+        """Token ids of the first `taught_words` words of an item's title, and of the marker."""
+        return self.prompts.title_ids(item_id, self.settings.taught_words) + self.prompts.marker_ids
+
     def loss(
         self,
         model: torch.nn.Module,
         prompt_ids: Sequence[Sequence[int]],
         rollouts: Sequence[Rollout],
+        items: Sequence[str],
         project: Callable[[torch.Tensor], torch.Tensor],
         candidates: torch.Tensor,
         positions: torch.Tensor,
@@ -73,13 +78,16 @@ class SampledReasoning:
         M8, the mean over users of the mean over a user's rollouts; and `stop_coef` times the language-model loss (mean
         over tokens) of the best rollout of each group, its marker included, where that had to be appended: a term on
         those that end by themselves as well shrinks reasonings to nothing. Best: by the target's probability among the
-        batch's targets.
+        batch's targets. With `taught_words`, the language-model loss is instead that of the users' who reason next
+        purchases: no answer state is read behind them.
 
         Args:
             model ([`~torch.nn.Module`]):
                 The policy with TRL's fused head and our answer states.
             prompt_ids, rollouts:
                 Users, and what [`~SampledReasoning.roll_out`] gave.
+            items (`list[str]`):
+                Their targets' ids.
             project (`Callable`):
                 States as the table scores them.
             candidates (`torch.Tensor` of shape `(C, d)`):
@@ -91,14 +99,15 @@ class SampledReasoning:
         reasoned, size = self.num_reasoned(users), settings.num_generations
         written = reasoned * size  # rows
         owners = torch.tensor([*(row // size for row in range(written)), *range(reasoned, users)])
-        lengths = [len(prompt_ids[owner]) for owner in owners.tolist()]
-        sequences = [
-            [*prompt_ids[owner], *rollout.ids] for owner, rollout in zip(owners.tolist(), rollouts, strict=True)
-        ]
+        taught = [self.taught(item) for item in items[:reasoned]] if settings.taught_words else []
+        asked = [prompt_ids[user] for user in [*owners.tolist(), *range(len(taught))]]
+        lengths = [len(ids) for ids in asked]
+        answers = [*(rollout.ids for rollout in rollouts), *taught]
+        sequences = [[*ids, *answer] for ids, answer in zip(asked, answers, strict=True)]
         input_ids, attention_mask = pad_right(sequences, self.prompts.tokenizer.pad_token_id, candidates.device)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         reasoning = (places >= torch.tensor(lengths, device=places.device)[:, None]) & (attention_mask != 0)
-        reasoning[written:] = False
+        reasoning[written : len(owners)] = False
         outputs = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -108,15 +117,18 @@ class SampledReasoning:
         )
         owners = owners.to(positions.device)
         logprobs = candidate_logprobs(
-            project(outputs.answer_state), candidates, positions[owners], settings.item_temperature
+            project(outputs.answer_state[: len(rollouts)]), candidates, positions[owners], settings.item_temperature
         )
         weights = torch.ones_like(logprobs) / users
         weights[:written] /= size
         best = best_of_groups(logprobs[:written].detach().exp().view(reasoned, size), settings.min_reward_spread)
-        appended = torch.tensor([not rollout.has_marker for rollout in rollouts], device=best.device)
-        appended[:written] &= best.flatten()
-        appended[written:] = False
-        words = reasoning[:, 1:] & appended[:, None]
+        teaches = torch.zeros(len(sequences), dtype=torch.bool, device=best.device)
+        if taught:
+            teaches[len(rollouts) :] = True
+        else:
+            appended = [not rollout.has_marker for rollout in rollouts[:written]]
+            teaches[:written] = best.flatten() & torch.tensor(appended, device=best.device)
+        words = reasoning[:, 1:] & teaches[:, None]
         stop = -(outputs.log_probs * words).sum() / words.sum().clamp(min=1)
         item = -(weights * logprobs).sum()
         self.telemetry.add(
