@@ -23,6 +23,10 @@ from r2ec_trl.metrics import hit_at_k, ndcg_at_k, reciprocal_rank
 
 Reward = Callable[..., Any]
 _IMPORT_ERRORS = (ImportError, NameError, SyntaxError)  # what else goes wrong in a user's file keeps its traceback
+OF_REWARDS = (  # what TRL and we hand to rewards ourselves: a column of such a name would never reach one
+    "prompts completion completions completion_ids trainer_state log_extra log_metric environments num_items "
+    "target_rank target_prob target_score top_item_ids"
+).split()
 
 
 def ndcg_reward(completions: list, target_rank: list[int], reward_cutoff: int = 1000, **kwargs: Any) -> list[float]:
@@ -312,6 +316,8 @@ def _module_of_file(path: Path, spec: str) -> ModuleType:
 
 
 def _module(name: str, spec: str) -> ModuleType:
+    if "/" in name or name.startswith("."):
+        raise UserError(f"Reward {spec!r}: {name} is no name of a module; name a file as path/to/file.py:function.")
     try:
         return importlib.import_module(name)
     except _IMPORT_ERRORS as error:

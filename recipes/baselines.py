@@ -62,6 +62,12 @@ class BaselineArguments(DataArguments):
                 raise UserError(f"`systems` names {name!r}; give some of {', '.join(SYSTEMS)}.")
         if "text_neighbours" in self.systems and self.text_encoder is None:
             raise UserError("text_neighbours needs --text_encoder, the name or folder of a sentence encoder.")
+        if self.text_encoder is not None and self.systems and "text_neighbours" not in self.systems:
+            raise UserError("--text_encoder is read by text_neighbours alone; add that to --systems or leave it out.")
+        readers = {"item_to_item", "sasrec", "hstu"}
+        if self.max_history_items != BaselineArguments.max_history_items and self.systems:
+            if not readers & set(self.systems):
+                raise UserError(f"--max_history_items is read by {', '.join(sorted(readers))} alone; leave it out.")
         if self.max_eval_users is not None and self.max_eval_users < 1:
             raise UserError(f"`max_eval_users` is {self.max_eval_users}; give at least 1.")
 

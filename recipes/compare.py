@@ -61,7 +61,9 @@ def named(folders: list[str], default: str | None = None) -> dict[str, list[str]
         name, equals, folder = text.partition("=")
         if not equals or "/" in name:
             name, folder = default or text, text
-        systems.setdefault(name, []).append(folder)
+        if folder in systems.setdefault(name, []):
+            raise UserError(f"{folder} is given twice, and a run is no seed beside itself; give it once.")
+        systems[name].append(folder)
     return systems
 
 

@@ -66,6 +66,22 @@ class RecommendArguments(BundleArguments):
     )
     save_bundle: str | None = field(default=None, metadata={"help": "Write the recommender as a bundle here."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_user = self.history is not None or self.history_titles is not None
+        if self.history_ratings is not None and not one_user:
+            raise UserError(
+                "--history_ratings are of --history or --history_titles; add one, or write them in --input."
+            )
+        if self.output is None and self.part_users != RecommendArguments.part_users:
+            raise UserError("--part_users cuts what --output writes; add --output FOLDER or leave it out.")
+        if self.output is not None and (self.input in (None, "-") or one_user):
+            raise UserError("--output takes its users from a file alone; add --input FILE and leave --history… out.")
+        if self.output is not None and self.format != "table":
+            raise UserError("--format is of what is printed, and --output writes Parquet; leave one of the two out.")
+        if self.max_eval_users is not None:
+            raise UserError("--max_eval_users cuts evaluations; leave it out: every user of --input is answered.")
+
 
 def users_of(args: RecommendArguments) -> list[Any]:
     """The users of the command line or of the input file."""
@@ -96,8 +112,6 @@ def main() -> None:
     args, policy_args = parse((RecommendArguments, PolicyArguments), description=__doc__)
     accelerator = Accelerator()
     start_logging(accelerator.is_main_process, Console(stderr=True))
-    if args.output is not None and args.input in (None, "-"):
-        raise UserError("--output takes its users from a file; add --input FILE.")
     users = [] if args.output is not None else users_of(args)
     if not users and args.save_bundle is None and args.output is None:
         raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")

@@ -11,7 +11,7 @@ spread within groups, the share of groups that carry no signal, its correlation 
 rank, and the rollouts that it would push up and down. Hardware: whatever the model runs on; any for the file.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,14 @@ def named_rewards(args: TrialArguments, max_completion_length: int) -> dict[str,
     return {spec: load_reward(spec, **settings) for spec in args.reward_funcs}
 
 
+def unread_flags(args: TrialArguments, policy_args: PolicyArguments) -> list[str]:
+    """What was asked for and matters only where rollouts are sampled."""
+    read = {"rollouts", "reward_funcs", "reward_mix", "reward_cutoff", "soft_punish_cache", "output"}
+    pairs = ((args, TrialArguments()), (policy_args, PolicyArguments()))
+    names = [(given, usual, one.name) for given, usual in pairs for one in fields(given) if one.name not in read]
+    return [name for given, usual, name in names if getattr(given, name) != getattr(usual, name)]
+
+
 def main() -> None:
     args, policy_args = parse((TrialArguments, PolicyArguments), description=__doc__)
     start_logging()
@@ -112,6 +120,10 @@ def main() -> None:
     there, named = Path(args.rollouts).exists(), args.bundle or policy_args.model_name_or_path
     if there and named:
         raise UserError(f"{args.rollouts} is there already; leave {named!r} out to read it, or name another file.")
+    if there and (given := unread_flags(args, policy_args)):
+        raise UserError(
+            f"{args.rollouts} is there already, so --{given[0]} decides nothing; leave it out, or name another file."
+        )
     if not there and not named:
         raise UserError(f"{args.rollouts} is not there; name a --bundle (or --model_name_or_path) to sample with.")
     with WorkDisplay():

@@ -59,6 +59,8 @@ def test_what_the_data_lack_is_left_out_and_said(launch, shop, shop_folder, tmp_
         (["--systems", "text_neighbours"], "text_neighbours needs --text_encoder"),
         (["--max_eval_users", "0"], "`max_eval_users` is 0"),
         (["--systems", "item_to_item", "--max_history_items", "0"], "`max_history_items` is 0"),
+        (["--systems", "popularity", "--text_encoder", "x"], "--text_encoder is read by text_neighbours alone"),
+        (["--systems", "popularity", "--max_history_items", "5"], "--max_history_items is read by hstu, item_to_item"),
         (["--systems", "ease"], "ease needs rectools; pip install"),
         (["--systems", "text_neighbours", "--text_encoder", "x"], "text_neighbours needs sentence-transformers; pip"),
     ],

@@ -69,6 +69,8 @@ def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
         (["--after", "{split}"], "before and {split} cannot be compared: their protocols differ in split ('test' and"),
         (["--after", "{before}", "--before", "a={before}", "b={before}"], "--before is one system, not a, b"),
         (["--after", "{before}", "--output", "{before}"], "cannot be written"),
+        (["--after", "{before}", "--metrics", "hit@\u00b2"], "`hit@\u00b2` is no metric"),
+        (["--after", "a={before}", "a={before}"], "{before} is given twice"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, sentence):

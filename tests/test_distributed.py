@@ -293,6 +293,7 @@ def test_zero3_refuses_a_quantised_base(monkeypatch, tiny_model_folder):
 def test_contrastive_training_and_evaluation_on_two_processes(run_cases):
     """Users of other processes are negatives too, and each process evaluates its share of the users."""
     shared = set(SETTINGS) & {field.name for field in dataclasses.fields(ContrastiveConfig)}
+    shared -= {"num_generations", "temperature", "top_k"}  # of sampled reasonings
     records = []
     for processes in (1, 2):
         batch = {"per_device_train_batch_size": 6 // processes, "eval_strategy": "no"}

@@ -478,6 +478,23 @@ def test_reasoning_audit_recipe(launch, written, shop, shop_folder, tmp_path, ca
         launch("evaluate", *words, "--beside", tmp_path / "plain", out=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--history_ratings", 5], "--history_ratings are of --history or --history_titles"),
+        (["--input", "u.jsonl", "--history_ratings", 5], "--history_ratings are of --history or --history_titles"),
+        (["--input", "u.jsonl", "--part_users", 5], "--part_users cuts what --output writes"),
+        (["--output", "o"], "--output takes its users from a file alone; add --input FILE"),
+        (["--output", "o", "--input", "u.jsonl", "--history", "i1"], "--output takes its users from a file alone"),
+        (["--output", "o", "--input", "u.jsonl", "--format", "csv"], "--format is of what is printed"),
+        (["--history", "i1", "--max_eval_users", 3], "--max_eval_users cuts evaluations; leave it out"),
+    ],
+)
+def test_recommend_refuses_flags_that_would_do_nothing(launch, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        launch("recommend", "--bundle", "nowhere", *words)
+
+
 def test_baselines_recipe(launch, shop, shop_folder, tmp_path):
     """`systems`, `split`, `max_eval_users`, `max_history_items` and `seed`; texts need `text_encoder`."""
     words = ["--dataset", shop_folder, "--systems", "item_to_item"]
@@ -542,6 +559,9 @@ def test_try_reward_recipe(launch, written, shop, shop_folder, tmp_path, capsys)
     for words_, word in ((words, "is there already"), ([], "is not there; name a --bundle")):
         with pytest.raises(UserError, match=word):
             launch("try_reward", *words_, "--rollouts", kept if words_ else tmp_path / "no.parquet")
+    for flag in (["--temperature", 2], ["--num_generations", 3], ["--dataset", shop_folder], ["--adapter", "x"]):
+        with pytest.raises(UserError, match=f"is there already, so {flag[0]} decides nothing"):
+            launch("try_reward", "--rollouts", kept, *flag)
     more = ["--split", "test", "--temperature", "1e-4", "--seed", 1, "--rollouts", tmp_path / "cold.parquet"]
     launch("try_reward", *words, *more, "--output", out)
     cold = json.loads(out.read_text())

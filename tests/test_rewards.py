@@ -129,6 +129,8 @@ def test_a_file_does_not_take_the_place_of_a_module(tmp_path):
         ("f = missing", "{file}:f", "does not import .*NameError"),
         ("", "no_such_package.rewards:f", "module no_such_package.rewards does not import"),
         ("", "json:f", "json has no function 'f'"),
+        ("", "./rewards:f", "./rewards is no name of a module; name a file as"),
+        ("", "..rewards:f", "..rewards is no name of a module"),
     ],
 )
 def test_what_cannot_be_loaded(tmp_path, text, spec, message):

@@ -25,7 +25,7 @@ def new_rows(items: Dataset, new_items: Rows) -> Dataset:
     for row in records:
         if row["item_id"] in known:
             raise UserError(f"Item {row['item_id']!r} is in the catalogue already; use `update_items` to change it.")
-        if not isinstance(row.get("title"), str):
+        if not _is_title(row.get("title")):
             raise UserError(f"Item {row['item_id']!r} has no title; every item needs one.")
     return _dataset(items, records)
 
@@ -42,7 +42,7 @@ def with_changes(items: Dataset, rows: Rows) -> tuple[Dataset, list[int]]:
     for item_id, row in changes.items():
         if item_id not in index:
             raise UserError(f"Item {item_id!r} is not in the catalogue; use `add_items` to add it.")
-        if "title" in row and not isinstance(row["title"], str):
+        if "title" in row and not _is_title(row["title"]):
             raise UserError(f"Item {item_id!r} would lose its title; every item needs one.")
     touched = sorted(index[item_id] for item_id in changes)
     records = [{**items[row], **changes[items[row]["item_id"]]} for row in touched]
@@ -52,6 +52,10 @@ def with_changes(items: Dataset, rows: Rows) -> tuple[Dataset, list[int]]:
     for position, number in enumerate(touched):
         order[number] = len(items) + position
     return Dataset(pa.concat_tables([table, fresh]).take(order)), touched
+
+
+def _is_title(title: Any) -> bool:
+    return isinstance(title, str) and bool(title.strip())
 
 
 def _records(items: Dataset, rows: Rows) -> list[dict[str, Any]]:

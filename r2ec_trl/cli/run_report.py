@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from datasets import Dataset
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from r2ec_trl.bundle.meta import read_json
+from r2ec_trl.bundle.meta import first_line, read_json
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.reasoning_audit import draw_audit
 from r2ec_trl.errors import UserError
@@ -52,17 +52,32 @@ def write_run_report(
     result = _read(folder / METRICS_FILE, "recipes/recpo.py writes one when it ends")
     if "after" not in result:
         raise UserError(f"{folder / METRICS_FILE} is of no finished run; `report.html` shows one.")
+    file = Path(audit) if audit is not None else folder / "audit" / "reasoning_audit.json"
+    named = [folder / METRICS_FILE, folder / "log_history.json", *([file] if audit or file.is_file() else [])]
+    try:
+        page = _page(folder, result, items, users, named)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, jinja2.UndefinedError) as error:
+        files = ", ".join(map(str, named))
+        raise UserError(f"One of {files} is not as a run writes it ({first_line(error)}); make it again.") from error
+    write_text(folder / REPORT_FILE, page)
+    return folder / REPORT_FILE
+
+
+def _page(
+    folder: Path, result: Mapping[str, Any], items: Dataset, users: Dataset | None, named: Sequence[Path]
+) -> str:
     titles = dict(zip(items["item_id"][:], items["title"][:], strict=True))
     frames = {"after": read_ranks(folder)[0]}
     if (folder / "before").is_dir():
         frames = {"before": read_ranks(folder / "before")[0], **frames}
-    file = Path(audit) if audit is not None else folder / "audit" / "reasoning_audit.json"
-    modes = _read(file, "evaluate.py --audit true writes one")["modes"] if audit or file.is_file() else {}
-    history = folder / "log_history.json"
+    history, *audits = named[1:]
+    modes = _read(audits[0], "evaluate.py --audit true writes one")["modes"] if audits else {}
     logs = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
     after = result["after"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(Path(__file__).with_name("run_report.html").read_text(encoding="utf-8")).render(
+    return environment.from_string(Path(__file__).with_name("run_report.html").read_text(encoding="utf-8")).render(
         title=f"R²ec: {folder.resolve().name}",
         after={"slices": {}, "beyond_accuracy": {}, **after},
         percent=PERCENT,
@@ -78,8 +93,6 @@ def write_run_report(
         command=result["training"].get("command", "not recorded"),
         protocol=list(flat(result["protocol"]).items()),
     )
-    write_text(folder / REPORT_FILE, page)
-    return folder / REPORT_FILE
 
 
 def shown_rows(frames: Mapping[str, pl.DataFrame]) -> list[tuple[int, str]]:

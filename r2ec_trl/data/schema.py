@@ -264,6 +264,8 @@ def _checked_catalogue(items: Dataset, where: str) -> pa.Array:
     for column in ("item_id", "title"):
         _check_column(items, column, "text", where)
         row = _first_row(items, column, pc.is_null)
+        if row is None and column == "title":
+            row = _first_row(items, column, lambda titles: pc.equal(pc.utf8_trim_whitespace(titles), ""))
         if row is not None:
             raise UserError(f"{where}, row {row} has no {column}: fill it in or leave the item out.")
     ids = pa.chunked_array(

@@ -18,7 +18,7 @@ from datasets import Dataset
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import write_with
 from r2ec_trl.policy.prompts import Prompts
-from r2ec_trl.rewards import Reward, checked_reward, fused_reward
+from r2ec_trl.rewards import OF_REWARDS, Reward, checked_reward, fused_reward
 
 _PROTOCOL_KEY = b"protocol"
 _NEEDED = ("row", "user_id", "target", "rank", "target_prob", "target_score", "top_item_ids", "completion", "prompt")
@@ -33,10 +33,10 @@ SHOWN = 3
 def rollout_rows(samples: pl.DataFrame, users: Dataset, prompts: Prompts, num_items: int) -> pl.DataFrame:
     """
     Samples of [`~r2ec_trl.evaluation.sampling.sample_users`] with all that a reward may ask for: every column of the
-    users' rows, the `prompt` as messages, and `num_items`.
+    users' rows but those that training leaves out, the `prompt` as messages, and `num_items`.
     """
-    more = users.with_format(None).to_polars().drop("user_id", "target")
-    if clash := sorted(set(more.columns) & {*samples.columns, "prompt", "num_items"}):
+    more = users.with_format(None).to_polars().drop("user_id", "target", *OF_REWARDS, "prompt", strict=False)
+    if clash := sorted(set(more.columns) & set(samples.columns)):
         raise UserError(f"The dataset's column {clash[0]!r} bears a name that rollouts use; rename it to try rewards.")
     messages = pl.Series("prompt", [prompts.user_messages(user) for user in users])
     more = more.with_columns(messages, num_items=pl.lit(num_items))

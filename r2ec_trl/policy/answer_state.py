@@ -61,7 +61,8 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
     the answer state of the same pass. Both lay their rows out anew ([`~r2ec_trl.policy.shared_prompt.pack_rows`]):
     paddings go to the right, rows that share a prompt compute it once, and the LM head sees the labelled positions
     alone. What they return has the shape of what went in. With a cache as `start=` the first form goes on from it.
-    Any other call, `generate` included, is unchanged. A second call can only switch sharing off.
+    Any other call, `generate` included, is unchanged. A second call can only switch sharing off; where another
+    trainer has patched the model since, it goes over that patch again.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -69,9 +70,9 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
         shared_prompt (`bool`, *optional*, defaults to `True`):
             `False` keeps every row by itself.
     """
-    if getattr(model, "_hands_out_answer_state", False):
-        if not shared_prompt:
-            model._shares_prompts = False
+    if not shared_prompt and "_shares_prompts" in vars(model):
+        model._shares_prompts = False
+    if getattr(model.forward, "hands_out_answer_state", False):
         return
     inner_forward = model.forward
 
@@ -115,9 +116,10 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
         fields = {name: rows.unpack(value) for name, value in outputs.items()}
         return AnswerStateOutput(**fields, answer_state=states[-1])
 
+    forward.hands_out_answer_state = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
-    model._hands_out_answer_state = True
-    model._shares_prompts = None if shared_prompt else False
+    if "_shares_prompts" not in vars(model):
+        model._shares_prompts = None if shared_prompt else False
 
 
 def encode_states(

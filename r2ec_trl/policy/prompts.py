@@ -273,7 +273,9 @@ class Prompts:
 
     def _field(self, item: Mapping[str, Any], name: str) -> str:
         value = item.get(name)
-        return "" if value is None else str(value)
+        if isinstance(value, (list, tuple)):
+            return " ".join(filter(None, (self._field({name: part}, name) for part in value)))
+        return "" if value is None or value != value else str(value)  # NaN is missing
 
 
 def _label(name: str) -> str:

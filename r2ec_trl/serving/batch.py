@@ -10,12 +10,13 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from r2ec_trl import progress
 from r2ec_trl.bundle.meta import read_json
+from r2ec_trl.data.sources.delimited import is_index, named_columns, open_parquet
+from r2ec_trl.data.sources.jsonl import refuse_no_text
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import remove_leftovers, write_json, write_with
 from r2ec_trl.serving.recommender import Question, Recommendation, Recommender
@@ -142,30 +143,26 @@ def _measure(source: Path) -> tuple[int, str]:
     try:
         with open(source, "rb") as stream:
             while block := stream.read(2**20):
+                if not lines and last == b"\n" and not _is_parquet(source):
+                    refuse_no_text(block, source)
                 digest.update(block)
                 lines, last = lines + block.count(b"\n"), block[-1:]
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}); give JSON lines or Parquet.") from error
-    return (_parquet(source).metadata.num_rows if _is_parquet(source) else lines + (last != b"\n")), digest.hexdigest()
+    return (
+        open_parquet(source).metadata.num_rows if _is_parquet(source) else lines + (last != b"\n")
+    ), digest.hexdigest()
 
 
 def _is_parquet(source: Path) -> bool:
     return source.suffix in (".parquet", ".pq")
 
 
-def _parquet(source: Path) -> Any:
-    try:
-        return pq.ParquetFile(source)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{source} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-
-
 def _chunks(source: Path, size: int, state: Any) -> Iterator[list[Any] | None]:
     """The users of each part that is this process's to answer, as they stand in the file; `None` for other parts."""
     if _is_parquet(source):
-        batches = _parquet(source).iter_batches(batch_size=size)
         rows: Iterator[Any] = itertools.chain.from_iterable(
-            zip(itertools.repeat(batch), range(batch.num_rows)) for batch in batches
+            zip(itertools.repeat(batch), range(batch.num_rows)) for batch in _batches(source, size)
         )
     else:
         rows = zip(itertools.repeat(None), open(source, "rb"))
@@ -177,6 +174,19 @@ def _chunks(source: Path, size: int, state: Any) -> Iterator[list[Any] | None]:
             yield None
         else:
             yield [line if batch is None else _row(batch, line) for batch, line in taken]
+
+
+def _batches(source: Path, size: int) -> Iterator[pa.RecordBatch]:
+    """Whole batches, the columns named as a header would be; what pandas leaves behind is no key of a user."""
+    with open_parquet(source) as file:
+        names = named_columns(file.schema_arrow.names, source)
+        kept = [name for name in names if not is_index(name)]
+        try:
+            for batch in file.iter_batches(batch_size=size):
+                batch.validate(full=True)
+                yield batch.rename_columns(list(names)).select(kept)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{source} is damaged ({str(error).splitlines()[0]}): write it again.") from error
 
 
 def _row(batch: Any, row: int) -> dict[str, Any]:

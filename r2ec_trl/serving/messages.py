@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from r2ec_trl.errors import UserError
 
@@ -38,13 +38,13 @@ class Strict(BaseModel):
 
 
 class User(Strict):
-    """Purchases, oldest first: item ids, or titles, which may lie outside the catalogue."""
+    """Purchases, oldest first: item ids, or titles, which may lie outside the catalogue; null is unknown."""
 
-    user_id: str | None = Field(None, max_length=512)
+    user_id: Annotated[str, StringConstraints(max_length=512)] | StrictInt | None = None
     history: list[Id] | None = Field(None, max_length=1000, examples=[["i00012", "i00431"]])
     history_titles: list[Text] | None = Field(None, max_length=1000)
-    history_ratings: list[float] | None = Field(None, max_length=1000)
-    history_timestamps: list[Annotated[int, Field(ge=0, lt=2**33)]] | None = Field(None, max_length=1000)
+    history_ratings: list[float | None] | None = Field(None, max_length=1000)
+    history_timestamps: list[Annotated[int, Field(ge=0, lt=2**33)] | None] | None = Field(None, max_length=1000)
     timestamp: int | None = Field(None, ge=0, lt=2**33)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from r2ec_trl.data.sources.jsonl import refuse_no_text
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.purchases import purchase_values
 
@@ -76,6 +77,8 @@ def _users(lines: IO[bytes] | IO[str], name: str) -> list[dict[str, Any]]:
         if len(line) > MAX_LINE:
             raise UserError(f"{where} has more than {MAX_LINE:,} characters; give one user a line.")
         try:
+            if number == 1 and isinstance(line, bytes):
+                _refuse_no_lines(line, name)
             text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
             if not text.strip():
                 continue
@@ -87,6 +90,12 @@ def _users(lines: IO[bytes] | IO[str], name: str) -> list[dict[str, Any]]:
             raise UserError(f"{where} is not JSON: {reason}.") from error
         users.append(check_user(value, where))
     return users
+
+
+def _refuse_no_lines(start: bytes, name: str) -> None:
+    if start.startswith(b"PAR1"):
+        raise UserError(f"{name} is a Parquet file: recommend.py reads it with --output FOLDER, else give JSON lines.")
+    refuse_no_text(start, name)
 
 
 def is_text(value: Any) -> bool:

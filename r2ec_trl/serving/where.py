@@ -52,6 +52,7 @@ def matching_rows(items: pl.DataFrame, where: str) -> list[bool]:
     if not isinstance(where, str) or len(where) > MAX_LENGTH:
         raise UserError(f'`where` is {where!r:.80}; give a short condition on columns, such as "price < 50".')
     condition = _Parser(where, items.columns).condition()
+    items = items.with_columns(pl.col(pl.Float32, pl.Float64).fill_nan(None))  # else above every number
     try:
         try:
             mask = items.with_columns(condition.alias("mask"))["mask"]
@@ -181,7 +182,8 @@ class _Parser:
             if text.upper() not in TYPES:
                 raise self._error(f"{text!r:.40} is no type; give {', '.join(TYPES)}")
             self._need(")")
-            return expression.cast(TYPES[text.upper()], strict=False)
+            number = expression.cast(TYPES[text.upper()], strict=False)
+            return number.fill_nan(None) if TYPES[text.upper()] == pl.Float64 else number
         if text.lower() in ("min", "max") and self._take("("):
             column = self._operand()
             self._need(")")
@@ -247,5 +249,5 @@ def _with_numbers(items: pl.DataFrame) -> pl.DataFrame:
         text = text.set(text == "", None)
         number = text.cast(pl.Float64, strict=False)
         if number.null_count() == text.null_count() < len(text):
-            columns.append(number)
+            columns.append(number.fill_nan(None))
     return items.with_columns(columns)

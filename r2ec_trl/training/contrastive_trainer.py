@@ -83,7 +83,8 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
         check_launch(self.device.type)
         if self.reasoning not in ("none", "sampled"):
             raise UserError(f"`reasoning` is {self.reasoning!r}; give none or sampled.")
-        unread = [name for name in ("stop_coef", "min_reward_spread") if getattr(self, name)]
+        sampling = ("stop_coef", "min_reward_spread", "reasoning_share", "num_generations", "temperature", "top_k")
+        unread = [name for name in sampling if getattr(self, name) != getattr(ContrastiveConfig, name)]
         if self.reasoning == "none" and unread:
             raise UserError(f"`{unread[0]}` is for sampled reasonings; add `--reasoning sampled`.")
         if self.taught_words and not self.stop_coef:

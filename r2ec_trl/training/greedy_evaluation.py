@@ -15,6 +15,7 @@ from r2ec_trl.items.encoding import make_encoder, share_encoding
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import Rollout
+from r2ec_trl.training.inputs import check_eval_users
 from r2ec_trl.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -102,7 +103,11 @@ class GreedyEvaluation(_Base):
             `dict`: `eval_recommendation/ndcg@10` and the other figures of
             [`~r2ec_trl.evaluation.users.summarise_users`].
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            dataset = dataset.get(eval_dataset) if isinstance(dataset, dict) else None
+        elif eval_dataset is not None:
+            dataset = check_eval_users(eval_dataset, self.table.item_ids)
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}

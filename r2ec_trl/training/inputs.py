@@ -2,12 +2,12 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import polars as pl
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -15,7 +15,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import summarise_users
 from r2ec_trl.policy.checks import fit_adapter
 from r2ec_trl.policy.loading import PolicyArguments, load_policy
-from r2ec_trl.rewards import checked_reward, load_reward
+from r2ec_trl.rewards import OF_REWARDS, checked_reward, load_reward
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,14 @@ OF_TRL = ("image", "images")  # TRL would make a vision model's prompts of them
 def check_inputs(args: Any, kind: Any, items: Any, train: Any, evaluation: Any) -> tuple[Dataset, Dataset, Any]:
     """Catalogue, training users and validation users as plain rows, the settings checked; see the functions below."""
     items = check_items(items)
-    evaluation = check_eval_users(evaluation, items)
+    evaluation = check_eval_users(evaluation, items["item_id"][:])
     check_settings(args, kind, evaluation)
     if train is None or (isinstance(train, Dataset) and len(train) == 0):
         raise UserError("`train_dataset` is empty; give at least one batch of users.")
-    return items, check_users(train, "train_dataset", items, own_names=("prompt",)), evaluation
+    train = check_users(train, "train_dataset", items["item_id"][:], own_names=("prompt",))
+    for column in (taken := [name for name in OF_REWARDS if name in train.column_names]):
+        logger.warning("The column `%s` of `train_dataset` is left out: rewards get another thing by it.", column)
+    return items, train.remove_columns(taken), evaluation
 
 
 def check_batch(args: Any, train_dataset: Dataset) -> None:
@@ -103,12 +106,13 @@ def check_items(item_dataset: Any) -> Dataset:
     """The catalogue as plain rows; [`UserError`] for what is none, or for an item without id or title."""
     items = _plain(item_dataset, "item_dataset", ("item_id", "title"))
     for name in ("item_id", "title"):
-        if None in (values := items[name][:]):
-            raise UserError(f"`item_dataset`, row {values.index(None)}: no `{name}`; every item needs one.")
+        for row, value in enumerate(items[name][:]):
+            if value is None or not str(value).strip():
+                raise UserError(f"`item_dataset`, row {row}: no `{name}`; every item needs one.")
     return items
 
 
-def check_users(users: Any, name: str, items: Dataset, own_names: tuple[str, ...] = ()) -> Dataset:
+def check_users(users: Any, name: str, item_ids: Iterable[str], own_names: tuple[str, ...] = ()) -> Dataset:
     """
     Users as plain rows.
 
@@ -117,32 +121,45 @@ def check_users(users: Any, name: str, items: Dataset, own_names: tuple[str, ...
             Rows of `user_id`, `history`, `target` and further columns.
         name (`str`):
             What the argument is called.
-        items ([`~datasets.Dataset`]):
-            The catalogue.
+        item_ids (`Iterable[str]`):
+            Those of the catalogue.
         own_names (`tuple[str]`, *optional*):
             Columns that the trainer writes itself.
 
     Raises:
-        [`UserError`]: for what is no map-style dataset, a missing column, or a target outside the catalogue.
+        [`UserError`]: for what is no map-style dataset, a missing column, a target outside the catalogue, or a
+        history that is no list.
     """
     users = _plain(users, name, ("user_id", "history", "target"))
-    known = set(items["item_id"][:])
+    known = set(item_ids)
     for row, target in enumerate(users["target"][:]):
         if target not in known:
             raise UserError(f"`{name}`, row {row}: target {target!r} is not in the catalogue of {len(known)} items.")
+    is_list = hasattr(users.features["history"], "feature")
+    if not is_list or users.data.column("history").null_count:  # of all rows, chosen or not
+        for row, history in enumerate(users["history"][:]):
+            if not isinstance(history, list):
+                raise UserError(f"`{name}`, row {row}: history {history!r:.80} is no list of item ids; give one.")
     for column in own_names:
         if column in users.column_names:
             logger.warning("The column `%s` of `%s` is replaced: prompts are made from `history`.", column, name)
     return users.rename_columns({column: HIDDEN + column for column in OF_TRL if column in users.column_names})
 
 
-def check_eval_users(users: Any, items: Dataset) -> Dataset | dict[str, Dataset] | None:
+def check_eval_users(users: Any, item_ids: Iterable[str]) -> Dataset | dict[str, Dataset] | None:
     """Validation users: none, one dataset, or several by name; see [`check_users`]."""
     if isinstance(users, Mapping):
         if not users:
             raise UserError("`eval_dataset` is an empty dict; give at least one set of users, or none.")
-        return {name: check_users(each, f"eval_dataset[{name!r}]", items) for name, each in users.items()}
-    return None if users is None else check_users(users, "eval_dataset", items)
+        return {name: _some_users(each, f"eval_dataset[{name!r}]", item_ids) for name, each in users.items()}
+    return None if users is None else _some_users(users, "eval_dataset", item_ids)
+
+
+def _some_users(users: Any, name: str, item_ids: Iterable[str]) -> Dataset:
+    users = check_users(users, name, item_ids)
+    if not len(users):
+        raise UserError(f"`{name}` is empty; give at least one user, or none of it.")
+    return users
 
 
 def as_given(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,9 +170,13 @@ def as_given(row: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(rows: Any, name: str, columns: tuple[str, ...]) -> Dataset:
     """A dataset as Python values; [`UserError`] says what is missing."""
     if not isinstance(rows, Dataset):
+        cure = "`Dataset.from_list(list(rows))` makes one"
+        if isinstance(rows, DatasetDict):
+            cure = f"one of its splits: {', '.join(rows)}"
+        elif hasattr(rows, "columns"):
+            cure = "`Dataset.from_pandas` or `Dataset.from_polars` makes one"
         raise UserError(
-            f"`{name}` is a {type(rows).__name__}; give a `datasets.Dataset` (`Dataset.from_list(list(rows))` makes "
-            "one): rows are drawn by number."
+            f"`{name}` is a {type(rows).__name__}; give a `datasets.Dataset` ({cure}): rows are drawn by number."
         )
     if absent := [column for column in columns if column not in rows.column_names]:
         raise UserError(f"`{name}` has no column `{absent[0]}`; it needs {', '.join(columns)}.")

@@ -29,6 +29,8 @@ def test_changes_keep_order_and_the_other_columns():
         (new_rows, [{"item_id": "c"}], "has no title"),
         (with_changes, [{"item_id": "z", "price": 1}], "not in the catalogue"),
         (with_changes, [{"item_id": "a", "title": None}], "would lose its title"),
+        (new_rows, [{"item_id": "c", "title": " "}], "has no title"),
+        (with_changes, [{"item_id": "a", "title": ""}], "would lose its title"),
     ],
 )
 def test_mistakes(change, rows, sentence):

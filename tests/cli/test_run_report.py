@@ -94,3 +94,22 @@ def test_no_finished_run(tmp_path, shop):
     (tmp_path / "metrics.json").write_text('{"protocol": {}}')
     with pytest.raises(UserError, match="no finished run"):
         write_run_report(tmp_path, shop["items"])
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("log_history.json", "{"),
+        ("log_history.json", "[3]"),
+        ("metrics.json", '{"after": [], "training": {}, "protocol": {}}'),
+        ("metrics.json", '{"after": {"unmasked": {}}, "training": {"arguments": {}}, "protocol": 3}'),
+        ("audit.json", "{}"),
+        ("audit.json", '{"modes": {"full": 3}}'),
+    ],
+)
+def test_a_file_of_another_kind_is_one_sentence(finished, shop, name, text):
+    folder, _ = finished
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=f"One of .*{name}.* is not as a run writes it .*; make it again") as caught:
+        write_run_report(folder, shop["items"], audit=folder / name if name == "audit.json" else None)
+    assert "\n" not in str(caught.value) and not (folder / "report.html").exists()

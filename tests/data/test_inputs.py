@@ -159,7 +159,7 @@ PACKED = {
     "log.csv.bz2": "is a bzip2 archive",
     "log.tar": "is a tar archive",
     "log.tar.gz": "is a tar archive",
-    "twice.csv.gz": "is packed twice",
+    "twice.csv.gz": "is packed by gzip here: unpack it",
     "parquet.csv": "is a parquet file: name it .parquet",
     "utf16.csv": "is UTF-16 text: save it as UTF-8",
     "utf16le.csv": "is UTF-16 text or no text at all: save it as UTF-8",

@@ -109,6 +109,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, monkeyp
         ({"item_id": ["a", "b", "a"]}, "lists item 'a' 2 times"),
         ({"item_id": ["a", "", "c"]}, "row 1 has an empty item_id"),
         ({"title": ["A", None, "C"]}, "row 1 has no title"),
+        ({"title": ["A", " ", "C"]}, "row 1 has no title"),
     ],
 )
 def test_each_breach_is_one_sentence(changes, sentence):

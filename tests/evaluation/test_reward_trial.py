@@ -92,6 +92,8 @@ def test_from_a_model_through_a_file_and_back(recommender, shop, tmp_path):
     assert rewards_of(again, fused_reward).tolist() == pytest.approx(
         fused_reward([], samples["rank"].to_list(), samples["target_prob"].to_list())
     )
+    shadowed = users.add_column("completions", ["x", "y"]).add_column("num_items", [1, 2])
+    assert rollout_rows(samples, shadowed, prompts, 40).equals(rows)  # as in training
     with pytest.raises(UserError, match="column 'rank' bears a name"):
         rollout_rows(samples, users.add_column("rank", [1, 2]), prompts, 40)
 

@@ -57,6 +57,23 @@ def test_loss_pass_and_reward_pass_agree(tiny_model, model_family, batch):
     assert (rewarded[0] - rewarded[1]).abs().max() > 0.1
 
 
+def test_a_model_that_another_trainer_patches_later_still_hands_out_its_states(tiny_model, batch):
+    """The warm start and then RecPO on the same model object: TRL's patch goes over ours."""
+    sequences, ids, mask = batch
+    model = tiny_model("llama")
+    add_answer_state(model)
+    expected = encode_states(model, sequences, pad_token_id=0).detach()
+    for _ in range(2):
+        add_fused_lm_head(model)
+        add_answer_state(model)
+        states = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).answer_state
+        assert (states - expected).abs().max() < 1e-5
+        assert torch.equal(encode_states(model, sequences, pad_token_id=0), expected)
+    forward = model.forward
+    add_answer_state(model)
+    assert model.forward == forward
+
+
 def test_padding_and_batches_leave_no_trace_in_the_gradient(tiny_model, batch):
     sequences, _, _ = batch
     gradients = []

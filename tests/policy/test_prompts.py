@@ -170,6 +170,14 @@ def test_item_fields_stand_in_the_order_asked_for(make_prompts):
     assert "Average rating" not in default and "orvo" not in default  # figures from after the split leak
 
 
+def test_nan_is_a_missing_field_and_a_list_is_its_parts(make_prompts):
+    items = [{"item_id": "i", "title": "bow", "price": value} for value in (None, float("nan"), [], [1.5, None])]
+    prompts = make_prompts(item_fields=("title", "price"))
+    texts = [prompts.tokenizer.decode(prompts.item_ids(item)) for item in items]
+    assert texts[0] == texts[1] == texts[2] and "Price" not in texts[0] and "nan" not in texts[0]
+    assert "Price: 1.5" in texts[3] and "[" not in texts[3].split("Price")[1]
+
+
 def test_long_fields_lose_their_tail_and_titles_nothing(make_prompts):
     written = item_text(make_prompts(field_words=100, max_item_length=2_000))
     assert "word99" in written and "word100" not in written and "title" in written

@@ -1,5 +1,6 @@
 """A file of users: each once, whatever is killed, by any number of processes, in memory that does not grow."""
 
+import gzip
 import json
 import os
 import random
@@ -91,7 +92,7 @@ def test_another_question_does_not_mix_with_the_first(library, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         recommend_file(library, str(tmp_path / "none.jsonl"), str(tmp_path / "new"), 2)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="cannot be read as Parquet"):
+    with pytest.raises(UserError, match="cannot be read as parquet"):
         recommend_file(library, str(tmp_path / "bad.parquet"), str(tmp_path / "new"), 2)
 
 
@@ -182,3 +183,20 @@ def test_memory_does_not_grow_with_the_users(served_folder, library, tmp_path):
         seconds = json.loads((tmp_path / str(count) / "summary.json").read_text())["seconds"]
         print(f"\n{count} users: {usage.ru_maxrss / 1024:.0f} MiB, {seconds} s")
     assert peaks[many] <= 1.2 * peaks[many // 10]
+
+
+def test_users_that_pandas_wrote(library, tmp_path):
+    """An index, named or not, is no key of a user, and blanks around a name are none of it."""
+    first = library.bundle.table.item_ids[0]
+    users = {" history": [[first]], "user_id ": ["u"], "__index_level_0__": [0], "": [1]}
+    pl.DataFrame(users).write_parquet(tmp_path / "users.parquet")
+    recommend_file(library, str(tmp_path / "users.parquet"), str(tmp_path / "out"), k=3)
+    check_answers(parts(tmp_path / "out"), [{"user_id": "u", "history": [first]}], library, k=3)
+
+
+@pytest.mark.parametrize("data", [b'["i1"]\n'.decode().encode("utf-16"), gzip.compress(b'["i1"]\n'), b"PAR1"])
+def test_a_file_of_another_kind_is_refused_before_anything_is_written(library, tmp_path, data):
+    (tmp_path / "users.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match="users.jsonl is (UTF-16|packed by gzip|a parquet file)"):
+        recommend_file(library, str(tmp_path / "users.jsonl"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -41,3 +41,16 @@ def test_limits_are_checked():
         with pytest.raises(UserError, match=f"`deadline` is {wrong}"):
             Limits(deadline=wrong)
     assert Limits(window=0).window == 0
+
+
+def test_a_user_of_a_file_is_one_of_a_request(served, library):
+    """A number as `user_id` and null where a rating or time is unknown are taken alike."""
+    ids = library.bundle.table.item_ids[:2]
+    user = {"user_id": 7, "history": ids, "history_ratings": [4, None], "history_timestamps": [100, None]}
+    answer = served.client.post("/v1/recommend", json={"users": [user], "k": 3}).json()["users"][0]
+    [expected] = library.recommend([user], k=3)
+    assert answer["user_id"] == "7" and [item["item_id"] for item in answer["items"]] == [
+        item.item_id for item in expected.items
+    ]
+    for wrong in ({"user_id": True}, {"user_id": 1.5}, {"history_ratings": ["x", 1]}):
+        assert served.client.post("/v1/recommend", json={"users": [{**user, **wrong}]}).status_code == 422

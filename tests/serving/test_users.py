@@ -1,5 +1,6 @@
 """Users as they are asked about: right, or one sentence that names file and line."""
 
+import gzip
 import io
 import json
 import os
@@ -36,9 +37,22 @@ def test_users_of_a_pipe(tmp_path):
 @pytest.mark.parametrize(
     "data, sentence",
     [
+        ('["i1"]'.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
+        ('["i1"]'.encode("utf-16-le"), "is UTF-16 text or no text at all"),
+        (gzip.compress(b'["i1"]'), "is packed by gzip here: unpack it"),
+        (b"PK\x03\x04", "is a zip archive: unpack it first"),
+        (b"PAR1", "is a Parquet file: recommend.py reads it with --output FOLDER"),
+    ],
+)
+def test_a_file_of_another_kind_says_which(tmp_path, data, sentence):
+    with pytest.raises(UserError, match=f"users.jsonl {sentence}"):
+        read_users(written(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    "data, sentence",
+    [
         ('["i1"]\n{"history": ["café"]}'.encode("latin-1"), "line 2 is not UTF-8 text; convert the file"),
-        ('["i1"]'.encode("utf-16"), "line 1 is not UTF-8 text"),
-        ('["i1"]'.encode("utf-16-le"), "line 1 is not JSON"),
         ('["i1"]\n[1\n', "line 2 is not JSON"),
         ("[" * 100_000, "line 1 is not JSON: it is nested too deeply"),
         ('{"history": ' + "[" * 900 + "]" * 900 + "}", "line 1: `history` must be a list of texts, but holds"),

@@ -34,6 +34,12 @@ def test_conditions(where, expected):
     assert matching_rows(ITEMS, where) == expected
 
 
+@pytest.mark.parametrize("where", ["price > 50", "CAST(shown AS DOUBLE) > 50", "shown > 50", "price = max(price)"])
+def test_nan_is_unknown_and_not_above_every_number(where):
+    items = pl.DataFrame({"price": [60.0, float("nan"), 10.0], "shown": ["60", "nan", "10"]})
+    assert matching_rows(items, where) == [True, False, False]
+
+
 @pytest.mark.parametrize(
     "where",
     [

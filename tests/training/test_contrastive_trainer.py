@@ -130,6 +130,8 @@ def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_cont
         ({"reasoning": "some"}, "give none or sampled"),
         ({"stop_coef": 1.0}, "add `--reasoning sampled`"),
         ({"reasoning": "sampled", "taught_words": 3}, "says what `stop_coef` teaches"),
+        ({"num_generations": 3}, "`num_generations` is for sampled reasonings"),
+        ({"temperature": 0.5}, "`temperature` is for sampled reasonings"),
         ({"min_reward_spread": 0.1}, "add `--reasoning sampled`"),
         ({"reasoning": "sampled", "reasoning_share": 0.0}, "nobody would reason"),
     ],

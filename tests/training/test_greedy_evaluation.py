@@ -18,7 +18,7 @@ def test_figures_are_those_of_the_first_users_alone(make_trainer, shop):
 
 
 def test_nobody_to_evaluate_is_one_sentence(make_trainer, shop):
-    with pytest.raises(UserError, match="has no users"):
+    with pytest.raises(UserError, match="`eval_dataset` is empty; give at least one user"):
         make_trainer().evaluate(shop["validation"].select([]))
 
 

@@ -35,15 +35,20 @@ def test_what_is_no_dataset_is_refused(make_trainer, shop):
     for wrong in (shop["train"].to_iterable_dataset(), shop["train"].to_list(), {"a": shop["train"]}):
         with pytest.raises(UserError, match="`train_dataset` is a (IterableDataset|list|dict); give a `datasets.Data"):
             make_trainer(train=wrong)
+    with pytest.raises(UserError, match="is a DatasetDict; .*one of its splits: train, validation, test, items"):
+        make_trainer(train=shop)
+    with pytest.raises(UserError, match="is a DataFrame; .*`Dataset.from_pandas` or `Dataset.from_polars` makes one"):
+        make_trainer(train=shop["train"].to_polars())
     with pytest.raises(UserError, match="`eval_dataset` is a IterableDataset"):
         make_trainer(validation=shop["validation"].to_iterable_dataset())
 
 
 def test_an_item_without_a_title_is_named(shop, chat_tokenizer, make_trainer):
     made = make_trainer()
-    items = column(shop["items"], "title", ["a", None, *shop["items"]["title"][2:]])
-    with pytest.raises(UserError, match="`item_dataset`, row 1: no `title`"):
-        RecPOTrainer(made.model, items, None, made.args, shop["train"], None, chat_tokenizer)
+    for title in (None, "  "):
+        items = column(shop["items"], "title", ["a", title, *shop["items"]["title"][2:]])
+        with pytest.raises(UserError, match="`item_dataset`, row 1: no `title`"):
+            RecPOTrainer(made.model, items, None, made.args, shop["train"], None, chat_tokenizer)
     with pytest.raises(UserError, match="`item_dataset` has no column `title`"):
         RecPOTrainer(made.model, items.remove_columns("title"), None, made.args, shop["train"], None, chat_tokenizer)
 
@@ -114,6 +119,42 @@ def test_a_prompt_column_is_replaced_and_that_is_said(make_trainer, shop, caplog
         trainer = make_trainer(train=shop["train"].add_column("prompt", ["mine"] * 40))
     assert "column `prompt` of `train_dataset` is replaced" in caplog.text
     assert trainer.train_dataset["prompt"][0][-1]["content"].startswith("Bought")
+
+
+def test_a_column_that_rewards_get_by_another_name_is_left_out_and_that_is_said(make_trainer, shop, caplog):
+    """Else `completions` ends the first step, and the others are replaced without a word."""
+    rows = shop["train"].add_column("completions", ["mine"] * 40).add_column("num_items", [7] * 40)
+    seen = []
+
+    def reward(completions, num_items, **kwargs):
+        seen.extend(num_items)
+        return [0.1 * i for i in range(len(completions))]
+
+    with caplog.at_level(logging.WARNING):
+        make_trainer(train=rows, reward=reward, max_steps=1).train()
+    assert set(seen) == {40} and all(f"column `{name}` of" in caplog.text for name in ("completions", "num_items"))
+
+
+@pytest.mark.parametrize("value", ["i00", None])
+def test_a_history_that_is_no_list_is_named(make_trainer, shop, value):
+    histories = [value] * 40 if value else [None, *shop["train"]["history"][1:]]
+    with pytest.raises(UserError, match="`train_dataset`, row 0: history .* is no list of item ids"):
+        make_trainer(train=column(shop["train"], "history", histories))
+
+
+def test_an_empty_evaluation_set_is_refused_at_the_start(make_trainer, shop):
+    for users in (shop["validation"].select([]), {"a": shop["validation"], "b": shop["test"].select([])}):
+        with pytest.raises(UserError, match=r"`eval_dataset.*` is empty; give at least one user"):
+            make_trainer(validation=users)
+
+
+def test_users_of_a_later_evaluation_are_checked_as_the_first_ones(make_trainer, shop):
+    trainer = make_trainer(validation={"a": shop["validation"], "b": shop["test"]}, max_completion_length=2)
+    with pytest.raises(UserError, match="`eval_dataset` has no column `target`"):
+        trainer.evaluate(shop["test"].remove_columns("target"))
+    with pytest.raises(UserError, match="`evaluate` has no users"):
+        trainer.evaluate("c")
+    assert trainer.evaluate("b") == trainer.evaluate(shop["test"])
 
 
 def test_a_dataset_in_another_format_trains_the_same(make_trainer, shop, words):

@@ -102,8 +102,8 @@ def read_table(
 def column_names(path: str | os.PathLike[str], dialect: Dialect | None = None) -> list[str]:
     """The columns a delimited or parquet file has."""
     if dialect is None and Path(path).name.lower().endswith((".parquet", ".pq")):
-        with _open_parquet(path) as file:
-            return list(_named(file.schema_arrow.names, path))
+        with open_parquet(path) as file:
+            return list(named_columns(file.schema_arrow.names, path))
     dialect = dialect or Dialect(separator="\t" if ".tsv" in Path(path).name.lower() else ",")
     first = next(blocks(path, 1 << 16), (1, b""))[1]
     return _header(first.partition(b"\n")[0], dialect, path)
@@ -142,7 +142,8 @@ def _without_absent(
         yield frame.select(ROW, **{name: pl.col(source) for name, source in chosen.items()})
 
 
-def _open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
+def open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
+    """A parquet file, or a [`UserError`] that says why it is none."""
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -154,8 +155,8 @@ def _read_parquet(
 ) -> Iterator[pl.DataFrame]:
     """In batches, by Arrow: polars' own reader ends the program where a file is damaged."""
     row = 1
-    with _open_parquet(path) as file:
-        names = _named(file.schema_arrow.names, path)
+    with open_parquet(path) as file:
+        names = named_columns(file.schema_arrow.names, path)
         chosen = {name: names[source] for name, source in _chosen(columns, list(names), optional, path).items()}
         try:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=list(chosen.values())):
@@ -367,10 +368,10 @@ def _header(line: bytes, dialect: Dialect, path: str | os.PathLike[str]) -> list
         raise UserError(f"{path}, header line: {fields}; save the file as UTF-8 with one line a row.")
     if not fields:
         raise UserError(f"{path} has no header line to name its columns: write one.")
-    return list(_named(fields, path))
+    return list(named_columns(fields, path))
 
 
-def _named(written: Sequence[str], path: str | os.PathLike[str]) -> dict[str, str]:
+def named_columns(written: Sequence[str], path: str | os.PathLike[str]) -> dict[str, str]:
     """From a column's name, without blanks around it and never empty, to how the file writes it."""
     names = [name.strip() or f"{UNNAMED}{at}" for at, name in enumerate(written)]
     check_unique(names, path)

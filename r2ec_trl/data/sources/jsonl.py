@@ -36,7 +36,7 @@ _NO_TEXT = {  # what a file that is no text begins with
     b"BZh": _UNPACK.format("bzip2"),
     b"(\xb5/\xfd": _UNPACK.format("zstd"),
     b"7z\xbc\xaf": _UNPACK.format("7z"),
-    b"\x1f\x8b": "is packed twice: unpack it once",
+    b"\x1f\x8b": "is packed by gzip here: unpack it",
     b"ARROW1": "is an Arrow (Feather) file: save it as .parquet",
     b"\xd0\xcf\x11\xe0": "is an Excel workbook: save it as CSV",
     b"SQLite format 3": "is a database: export the table as CSV",
@@ -136,7 +136,8 @@ def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iter
                 return
 
 
-def _checked_start(start: bytes, path: str | os.PathLike[str]) -> bytes:
+def refuse_no_text(start: bytes, path: object) -> None:
+    """Raise [`UserError`] that says what a file is which does not begin as UTF-8 text does."""
     for magic, fault in _NO_TEXT.items():
         if start.startswith(magic):
             raise UserError(f"{path} {fault}.")
@@ -144,6 +145,10 @@ def _checked_start(start: bytes, path: str | os.PathLike[str]) -> bytes:
         raise UserError(f"{path} {_UNPACK.format('tar')}.")
     if start[:4].count(0) > 1:
         raise UserError(f"{path} is UTF-16 text or no text at all: save it as UTF-8.")
+
+
+def _checked_start(start: bytes, path: str | os.PathLike[str]) -> bytes:
+    refuse_no_text(start, path)
     return start.removeprefix(b"\xef\xbb\xbf")
 
 
