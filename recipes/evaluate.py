@@ -88,6 +88,8 @@ class EvaluateArguments(BundleArguments):
             raise UserError("--beside is shown in the audit; add --audit true, or use recipes/compare.py.")
         if self.record and (self.bundle is None or self.split != "test" or self.max_eval_users is not None):
             raise UserError("--record keeps figures of all test users with a --bundle; leave --split and a cut out.")
+        if self.record and self.reasoning and not {"full", "none"} & set(self.reasoning):
+            raise UserError("--record keeps figures of full and none; add one of them to --reasoning or leave it out.")
 
 
 class Modes:
@@ -182,6 +184,8 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
         if args.record:
             raise UserError(f"The catalogue of {args.bundle} is not {args.dataset}'s; evaluate without --record.")
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)
+    if args.record and bundle.folder is not None:
+        check_writable(bundle.folder)
     wanted = args.reasoning or ([] if not args.audit else audit_modes(bundle.meta.protocol.max_completion_length))
     wanted = wanted or [bundle.meta.protocol.reasoning]
     names = {"bundle": args.bundle, "adapter": policy_args.adapter, "engine": args.engine}

@@ -37,7 +37,7 @@ from datasets import DatasetDict
 from rich.console import Console
 
 from r2ec_trl.cli.audit_tables import audit_tables
-from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.parsing import OneKeyLoader, parse, run
 from r2ec_trl.cli.terminal import WorkDisplay, start_logging
 from r2ec_trl.data import (
     Filters,
@@ -328,7 +328,7 @@ def _published(path: str | None, category: str | None) -> dict[str, int]:
     if path is None:
         return {}
     try:
-        counts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        counts = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=OneKeyLoader)
         found = (counts or {}).get(category) or {}
         wrong = [name for name, count in found.items() if not isinstance(count, int) or count < 1]
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:

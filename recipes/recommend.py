@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from r2ec_trl.bundle.format import check_output
 from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of, load_bundle, make_bundle
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
@@ -117,6 +118,8 @@ def main() -> None:
         raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")
     if args.engine == "vllm" and accelerator.num_processes > 1:
         raise UserError("--engine vllm recommends in one process; launch with `python`, or leave it out.")
+    if args.save_bundle is not None:
+        check_output(args.save_bundle)
     if args.bundle is None:
         bundle = make_bundle(args, policy_args, *load_dataset(args.dataset))
     elif args.dataset is None:

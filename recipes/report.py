@@ -32,8 +32,9 @@ class ReportArguments(DataArguments):
 
 def main() -> None:
     (args,) = parse((ReportArguments,), description=__doc__)
+    frame = read_ranks(args.run)[0]  # first: a demo's dataset is made in the folder of its run alone
     dataset, _ = load_dataset(args.dataset, args.run)
-    frame, test = read_ranks(args.run)[0], dataset["test"]
+    test = dataset["test"]
     rows = pl.DataFrame({name: test[name][: frame.height] for name in ("user_id", "target")})
     check_rows(rows, frame, f"The run {args.run} and the test rows of {args.dataset}")
     say(f"{write_run_report(args.run, dataset['items'], test, args.audit)} is written.")

@@ -117,6 +117,8 @@ def main() -> None:
     args, policy_args = parse((TrialArguments, PolicyArguments), description=__doc__)
     start_logging()
     named_rewards(args, args.max_completion_length)  # what cannot be loaded is said before anything is sampled
+    if args.output is not None:
+        check_writable(Path(args.output).parent)
     there, named = Path(args.rollouts).exists(), args.bundle or policy_args.model_name_or_path
     if there and named:
         raise UserError(f"{args.rollouts} is there already; leave {named!r} out to read it, or name another file.")

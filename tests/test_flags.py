@@ -478,6 +478,20 @@ def test_reasoning_audit_recipe(launch, written, shop, shop_folder, tmp_path, ca
         launch("evaluate", *words, "--beside", tmp_path / "plain", out=tmp_path)
 
 
+def test_what_could_only_fail_at_the_end_is_refused_at_the_start(launch, shop_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("x")
+    with pytest.raises(UserError, match="mine' exists and is no bundle"):
+        launch("recommend", "--bundle", "nowhere", "--save_bundle", tmp_path / "mine")
+    with pytest.raises(UserError, match="letter.txt"):
+        launch("try_reward", "--bundle", "nowhere", "--output", tmp_path / "mine" / "letter.txt" / "x.json")
+    with pytest.raises(UserError, match="--record keeps figures of full and none"):
+        launch("evaluate", "--bundle", "nowhere", "--dataset", shop_folder, "--record", "--reasoning", "other")
+    with pytest.raises(UserError, match="holds no ranks.parquet"):
+        launch("report", "--run", tmp_path / "none", "--dataset", "demo")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

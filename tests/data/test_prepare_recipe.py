@@ -100,6 +100,9 @@ def test_published_counts_are_compared(tmp_path, prepare_in_process):
     assert card["published"]["test"] == {"published": 100, "here": card["counts"]["test"]}
     assert card["counts"]["items"] == 40 and card["dropped"]["cut: item"] == 50
     assert "against the published counts" in text
+    (tmp_path / "counts.yaml").write_text("Generated: {users: 200, users: 80}\n")
+    status, text = prepare_in_process(*arguments[:-1], tmp_path / "again")
+    assert status == 2 and "'users' stands twice" in text and not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
