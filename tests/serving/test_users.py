@@ -39,7 +39,7 @@ def test_users_of_a_pipe(tmp_path):
     [
         ('["i1"]'.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         ('["i1"]'.encode("utf-16-le"), "is UTF-16 text or no text at all"),
-        (gzip.compress(b'["i1"]'), "is packed by gzip here: unpack it"),
+        (gzip.compress(b'["i1"]', mtime=0), "is packed by gzip here: unpack it"),
         (b"PK\x03\x04", "is a zip archive: unpack it first"),
         (b"PAR1", "is a Parquet file: recommend.py reads it with --output FOLDER"),
     ],
