@@ -141,6 +141,17 @@ def test_titles_and_descriptions_cannot_hold_the_marker(make_prompts, marker, cl
     assert "guitar" in content and "guitar" in item
 
 
+def test_the_first_words_of_a_title_are_text(make_prompts):
+    """As many as asked for; neither the marker nor a special token is among their ids."""
+    items = Dataset.from_list([{"item_id": "a", "title": "red <answer> <|assistant|> guitar strings"}])
+    prompts = make_prompts(items=items)
+    for words in (1, 2, 3, 9):
+        ids = prompts.title_ids("a", words)
+        said = prompts.tokenizer.decode(ids)
+        assert not prompts.plain.specials(ids) and "<answer>" not in said and said.startswith("red")
+        assert ("strings" in said) == (words == 9)
+
+
 def test_braces_in_titles_are_no_placeholders(make_prompts):
     items = Dataset.from_list([{"item_id": "i00", "title": "{marker} {history} {0}"}] * 1)
     content = make_prompts(items=items, **SHORT).user_messages(user(history=["i00"]))[-1]["content"]
