@@ -20,7 +20,7 @@ from r2ec_trl.data.item_filter import ItemFilter, filter_items
 from r2ec_trl.data.rows import write_rows
 from r2ec_trl.data.schema import ITEMS
 from r2ec_trl.data.sources.source import Source
-from r2ec_trl.data.splits import SplitRule, largest, split_targets
+from r2ec_trl.data.splits import SplitRule, largest_causes, split_targets
 from r2ec_trl.data.text import item_text
 from r2ec_trl.errors import UserError
 from r2ec_trl.progress import report
@@ -140,7 +140,7 @@ def prepare(
     if not len(events):
         raise UserError(
             f"Nothing is left of {source.interactions.height:,} interactions after filtering "
-            f"({largest(dropped)}): filter less (--k_core, --min_rating, the time window)."
+            f"({largest_causes(dropped)}): filter less (--k_core, --min_rating, the time window)."
         )
     facts.update(_facts(events))
     targets = split_targets(events, rule, dropped)

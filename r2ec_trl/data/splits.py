@@ -158,13 +158,13 @@ def _checked(chosen: dict[str, Targets], rule: SplitRule, dropped: Counter[str])
     for split, targets in chosen.items():
         if not len(targets.positions):
             raise UserError(
-                f"Split rule {rule.name} leaves no row for '{split}' ({largest(dropped)}): filter less (--k_core, "
-                "--min_history, the time window), or choose another rule."
+                f"Split rule {rule.name} leaves no row for '{split}' ({largest_causes(dropped)}): filter less "
+                "(--k_core, --min_history, the time window), or choose another rule."
             )
     return chosen
 
 
-def largest(dropped: Counter[str]) -> str:
+def largest_causes(dropped: Counter[str]) -> str:
     """The three causes that took most, for a sentence."""
     causes = [f"{cause}: {count:,}" for cause, count in dropped.most_common(3) if count]
     return "; ".join(causes) or "nothing was dropped"

@@ -151,7 +151,7 @@ class HealthCallback(TrainerCallback):
                 "item/mean_pairwise_cosine",
                 f"random items have a mean cosine of {number:.2f} ({rise:+.2f} since the start), so the catalogue is "
                 "hardly told apart; warm-start with recipes/contrastive.py, lower --learning_rate or --item_coef, or "
-                "set --item_gradient none (under --item_negatives catalogue most negatives' rows get no gradient).",
+                "leave --item_negatives catalogue out (most negatives' rows get no gradient under it).",
                 state,
             )
 

@@ -78,8 +78,8 @@ class SampledReasoning:
         M8, the mean over users of the mean over a user's rollouts; and `stop_coef` times the language-model loss (mean
         over tokens) of the best rollout of each group, its marker included, where that had to be appended: a term on
         those that end by themselves as well shrinks reasonings to nothing. Best: by the target's probability among the
-        batch's targets. With `taught_words`, the language-model loss is instead that of the users' who reason next
-        purchases: no answer state is read behind them.
+        batch's targets. With `taught_words` the language-model loss is that of the next purchases' first words
+        instead, for the users who reason: no answer state is read behind them.
 
         Args:
             model ([`~torch.nn.Module`]):
