@@ -185,7 +185,6 @@ class Oracle:
     token_coef: float = 1.0
     negatives: str = "batch"
     item_gradient: bool = True
-    log_q: dict = field(default_factory=dict)  # what is taken from a row's score
 
     def rows(self, model):
         """Encodings of the distinct targets."""
@@ -197,7 +196,7 @@ class Oracle:
 
     def item_logprob(self, state, target: int, rows: dict):
         """M6's π(v+ | x, o)."""
-        scores = torch.stack([state @ vector / self.tau - self.log_q.get(row, 0.0) for row, vector in rows.items()])
+        scores = torch.stack([state @ vector / self.tau for vector in rows.values()])
         return torch.log_softmax(scores, dim=0)[list(rows).index(target)]
 
     def actions(self, model, rows: dict, i: int):

@@ -58,7 +58,6 @@ FLAGS = {
     ),
     **dict.fromkeys(["reward_mix", "reward_cutoff"], ("test_rewards.py", "")),
     **dict.fromkeys(["advantage", "item_coef", "item_negatives", "item_credit"], ("training/test_objective.py", "")),
-    "log_q_correction": ("training/test_objective.py", "test_a_batchs_softmax_learns_popularity_only_with_log_q"),
     "token_coef": (TRAINER, ""),
     "soft_punish_cache": ("test_rewards.py", "test_length_by_hand"),
     "user_share": ("cli/test_run_start.py", "test_users_are_shared_out"),

@@ -19,7 +19,7 @@ RANGES: dict[str, str] = {  # ( and ) leave the end out; numbers before | are al
     **dict.fromkeys(("shown_rollouts", "watch_steps"), _FROM_0),
     "port": _PORT,
     # the objective
-    **dict.fromkeys(("token_coef", "item_coef", "table_refresh_budget", "log_q_correction"), _FROM_0),
+    **dict.fromkeys(("token_coef", "item_coef", "table_refresh_budget"), _FROM_0),
     **dict.fromkeys(("stop_coef", "taught_words", "min_reward_spread", "soft_punish_cache"), _FROM_0),
     **dict.fromkeys(("beta", "epsilon", "epsilon_high", "entropy_coef", "off_policy_mask_threshold"), _FROM_0),
     **dict.fromkeys(("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), _FROM_0),

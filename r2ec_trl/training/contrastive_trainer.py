@@ -22,8 +22,8 @@ from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.training.guarded import GuardedTraining
-from r2ec_trl.training.inputs import candidate_correction, check_inputs
-from r2ec_trl.training.objective import LOG_Q_HELP, contrastive_loss, mean_pairwise_cosine
+from r2ec_trl.training.inputs import check_inputs
+from r2ec_trl.training.objective import contrastive_loss, mean_pairwise_cosine
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 from r2ec_trl.training.sampled_reasoning import SampledReasoning
 from r2ec_trl.training.telemetry import Telemetry
@@ -68,7 +68,6 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
             "help": "Leave groups out of it in which the target's probability has a smaller deviation than this."
         },
     )
-    log_q_correction: float = field(default=0.0, metadata={"help": LOG_Q_HELP})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the collator needs them."})
     bf16: bool | None = field(default=None, metadata={"help": "By default on a GPU that supports it."})
@@ -149,7 +148,6 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         self.table = make_table(self.prompts, items, args.similarity, args.device)
-        self.correction = candidate_correction(args, train_dataset, self.table)
         args.dataloader_drop_last = True  # a ragged last batch would have fewer negatives
         super().__init__(
             model=model,
@@ -198,15 +196,13 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
             rows = self.table.project(encoder([self.table.token_ids[row] for row in candidates]))  # (C, d)
         place = {row: position for position, row in enumerate(candidates)}
         positions = torch.tensor([place[row] for row in targets], device=rows.device)
-        correction = None if self.correction is None else self.correction[candidates]
         if outputs is None:
             items = [self.table.item_ids[row] for row in targets]
-            loss = self.sampled.loss(
-                model, prompt_ids, rollouts, items, self.table.project, rows, positions, correction
-            )
+            loss = self.sampled.loss(model, prompt_ids, rollouts, items, self.table.project, rows, positions)
         else:
-            states = self.table.project(outputs.answer_state)
-            loss = contrastive_loss(states, rows, positions, self.args.item_temperature, correction)
+            loss = contrastive_loss(
+                self.table.project(outputs.answer_state), rows, positions, self.args.item_temperature
+            )
         if self.state.global_step % self.state.logging_steps == 0:
             self._row_cosine = mean_pairwise_cosine(rows.detach()).item()
         self.guard.check_loss(loss, inputs)

@@ -13,11 +13,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import summarise_users
-from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.checks import fit_adapter
 from r2ec_trl.policy.loading import PolicyArguments, load_policy
 from r2ec_trl.rewards import OF_REWARDS, checked_reward, load_reward
-from r2ec_trl.training.objective import log_q
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +46,6 @@ def check_batch(args: Any, train_dataset: Dataset) -> None:
         )
     if left := len(train_dataset) % users:
         logger.warning("%d of %d users do not fill a generation batch each epoch.", left, len(train_dataset))
-
-
-def candidate_correction(args: Any, train_dataset: Dataset, table: ItemTable) -> torch.Tensor | None:
-    """`log_q_correction` times [`~r2ec_trl.training.objective.log_q`] of the train targets, `(N,)`; none at 0."""
-    if not args.log_q_correction:
-        return None
-    targets = torch.tensor(table.row_indices(train_dataset["target"][:]))
-    return args.log_q_correction * log_q(targets, len(table))
 
 
 def check_settings(args: Any, kind: Any, eval_dataset: Any) -> None:

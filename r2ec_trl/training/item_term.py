@@ -29,20 +29,10 @@ class ItemTerm:
         every_process (`bool`, *optional*, defaults to `False`):
             Encode the candidates even where no row of the micro-batch needs them: DeepSpeed wants the same forwards
             on every process.
-        correction (`torch.Tensor` of shape `(N,)`, *optional*):
-            What is taken from the score of each item where the batch's targets compete.
     """
 
-    def __init__(
-        self,
-        table: ItemTable,
-        settings: Any,
-        encode: Encode,
-        every_process: bool = False,
-        correction: torch.Tensor | None = None,
-    ):
+    def __init__(self, table: ItemTable, settings: Any, encode: Encode, every_process: bool = False):
         self.table, self.settings, self.encode, self.every_process = table, settings, encode, every_process
-        self.correction = correction
         self._rows: torch.Tensor | None = None  # of the candidates with the current weights, (C, d)
         self._gradient: torch.Tensor | None = None  # of the loss of earlier micro-steps in them, (C, d)
         self.epsilon_low = settings.epsilon
@@ -158,8 +148,7 @@ class ItemTerm:
         """log π(v+ | x, o) of M6 for projected states `(n, d)`, among the candidates or the whole catalogue."""
         item_temperature = self.settings.item_temperature
         if batch.catalogue_rows is None:
-            correction = None if self.correction is None else self.correction[batch.candidates]
-            return candidate_logprobs(states, candidates, positions, item_temperature, correction)
+            return candidate_logprobs(states, candidates, positions, item_temperature)
         chosen = torch.tensor(batch.candidates, device=candidates.device)
         rows = batch.catalogue_rows.index_copy(0, chosen, candidates.to(batch.catalogue_rows.dtype))
         return candidate_logprobs(states, rows, chosen[positions], item_temperature)

@@ -5,11 +5,6 @@ import torch.nn.functional as F
 
 from r2ec_trl.errors import UserError
 
-LOG_Q_HELP = (
-    "How much of log q is taken from a candidate's score where the batch's targets compete, q the item's share of the "
-    "train targets: 0 none (the paper), 1 all (Yi et al. 2019). Without it popular items are pushed down."
-)
-
 
 def rloo_factor(group_sizes: torch.Tensor) -> torch.Tensor:
     """
@@ -51,11 +46,7 @@ def item_credit_weights(
 
 
 def candidate_logprobs(
-    states: torch.Tensor,
-    candidates: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    correction: torch.Tensor | None = None,
+    states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """
     log π(v+ | x, o) of M6: log-softmax of h·h_v'/τ over the candidates, at the target.
@@ -70,38 +61,13 @@ def candidate_logprobs(
             Where each row's target stands among the candidates.
         temperature (`float`):
             τ.
-        correction (`torch.Tensor` of shape `(C,)`, *optional*):
-            What is taken from each candidate's score, see [`log_q`].
 
     Returns:
         `torch.Tensor` of shape `(n,)`, float32.
     """
     with torch.autocast(states.device.type, enabled=False):
         logits = states.float() @ candidates.float().T / temperature  # (n, C)
-        if correction is not None:
-            logits = logits - correction.to(logits)
         return -F.cross_entropy(logits, positions, reduction="none")
-
-
-def log_q(targets: torch.Tensor, num_items: int) -> torch.Tensor:
-    """
-    log q of each item, q its share of the train targets: how likely a batch draws it as a candidate. A softmax over a
-    batch's targets learns log p(v | x) - log q(v); with log q taken from the scores it learns log p(v | x) (Yi et al.,
-    "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019, eq. 4).
-
-    Args:
-        targets (`torch.Tensor` of shape `(train rows,)`):
-            Catalogue rows of the targets.
-        num_items (`int`):
-            N, items of the catalogue.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`; -inf for an item that is no target, which no batch draws.
-
-    >>> log_q(torch.tensor([0, 0, 2, 0]), 3).exp()
-    tensor([0.7500, 0.0000, 0.2500])
-    """
-    return (torch.bincount(targets, minlength=num_items) / len(targets)).log()
 
 
 def clipped_objective(
@@ -182,14 +148,10 @@ def token_normalizer(
 
 
 def contrastive_loss(
-    states: torch.Tensor,
-    candidates: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    correction: torch.Tensor | None = None,
+    states: torch.Tensor, candidates: torch.Tensor, positions: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """M8: -log softmax of h_u·h_v'/τ over the batch's distinct targets, at v+; the mean over users (a scalar)."""
-    return -candidate_logprobs(states, candidates, positions, temperature, correction).mean()
+    return -candidate_logprobs(states, candidates, positions, temperature).mean()
 
 
 def mean_pairwise_cosine(rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ from r2ec_trl.policy.options import check_launch
 from r2ec_trl.policy.ranges import check_ranges
 from r2ec_trl.policy.releases import set_checkpointing
 from r2ec_trl.policy.settings import RecommendationArguments
-from r2ec_trl.training.objective import LOG_Q_HELP
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
 
 
@@ -96,7 +95,6 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             "choices": ["batch", "catalogue"],
         },
     )
-    log_q_correction: float = field(default=0.0, metadata={"help": LOG_Q_HELP})
     item_gradient: str = field(
         default="candidates",
         metadata={
@@ -204,11 +202,6 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
             raise UserError(
                 "`min_reward_spread` leaves rows out, which only `--loss_type dapo`, cispo or vespo without KL and "
                 "entropy terms weigh as before; take those, or leave it at 0."
-            )
-        if self.log_q_correction and self.item_negatives == "catalogue":
-            raise UserError(
-                "`log_q_correction` is for the batch's targets as candidates, and the whole catalogue is not drawn; "
-                "leave it out, or add `--item_negatives batch`."
             )
         if self.slice_table and self.item_negatives == "catalogue":
             raise UserError("`slice_table` leaves no process with the whole catalogue; add `--item_negatives batch`.")

@@ -23,7 +23,6 @@ from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.training.guarded import GuardedTraining, stable_rollout_func
 from r2ec_trl.training.inputs import (
     as_given,
-    candidate_correction,
     check_batch,
     check_inputs,
     numbered,
@@ -158,8 +157,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         series = self._metrics["train"]
         self.guard_training(Telemetry(self.accelerator, self.steps_taken, series, args.watch_steps, shown))
         self.reward_pass = RewardPass(self.table, self.prompts, args, self.accelerator, self.telemetry)
-        taken = candidate_correction(args, self.train_dataset, self.table)
-        self.item_term = ItemTerm(self.table, args, self._encode_with_gradient, self.is_deepspeed_enabled, taken)
+        self.item_term = ItemTerm(self.table, args, self._encode_with_gradient, self.is_deepspeed_enabled)
 
     # ------------------------------------------------------------------ set-up
     def _timed_sync(self) -> AbstractContextManager:

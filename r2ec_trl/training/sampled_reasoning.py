@@ -73,7 +73,6 @@ class SampledReasoning:
         project: Callable[[torch.Tensor], torch.Tensor],
         candidates: torch.Tensor,
         positions: torch.Tensor,
-        correction: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         M8, the mean over users of the mean over a user's rollouts; and `stop_coef` times the language-model loss (mean
@@ -95,8 +94,6 @@ class SampledReasoning:
                 Rows of the batch's distinct targets.
             positions (`torch.Tensor` of shape `(users,)`):
                 Whose target is which of them.
-            correction (`torch.Tensor` of shape `(C,)`, *optional*):
-                See [`~r2ec_trl.training.objective.candidate_logprobs`].
         """
         settings, users = self.settings, len(prompt_ids)
         reasoned, size = self.num_reasoned(users), settings.num_generations
@@ -119,8 +116,9 @@ class SampledReasoning:
             fused_lm_head=True,
         )
         owners = owners.to(positions.device)
-        states = project(outputs.answer_state[: len(rollouts)])
-        logprobs = candidate_logprobs(states, candidates, positions[owners], settings.item_temperature, correction)
+        logprobs = candidate_logprobs(
+            project(outputs.answer_state[: len(rollouts)]), candidates, positions[owners], settings.item_temperature
+        )
         weights = torch.ones_like(logprobs) / users
         weights[:written] /= size
         best = best_of_groups(logprobs[:written].detach().exp().view(reasoned, size), settings.min_reward_spread)

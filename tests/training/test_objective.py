@@ -1,8 +1,6 @@
 """The objective (M4–M8): pure functions on hand-worked numbers, then the whole of it against a float64 oracle."""
 
-import math
 import random
-from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
@@ -17,7 +15,6 @@ from r2ec_trl.training.objective import (
     clipped_objective,
     contrastive_loss,
     item_credit_weights,
-    log_q,
     mean_pairwise_cosine,
     rloo_factor,
 )
@@ -69,38 +66,6 @@ def test_candidate_logprobs_by_hand():
     assert logprobs.tolist() == pytest.approx([-1.3133, -0.3133], abs=1e-4)
     loss = contrastive_loss(states, candidates, torch.tensor([0, 1]), 0.2)
     assert loss.item() == pytest.approx((1.3133 + 0.3133) / 2, abs=1e-4)
-
-
-def test_what_is_taken_from_a_candidates_score_by_hand():
-    """Scores 3 and 4, less log .25 and log .75: 4.3863 and 4.2877, so log-softmax -.6451 and -.7437."""
-    states, candidates = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.6], [0.8]])
-    taken = log_q(torch.tensor([4, 4, 1, 4]), 5)
-    assert taken.exp().tolist() == pytest.approx([0, 0.25, 0, 0, 0.75])
-    logprobs = candidate_logprobs(states, candidates, torch.tensor([0, 1]), 0.2, taken[[1, 4]])
-    assert logprobs.tolist() == pytest.approx([-0.6451, -0.7437], abs=1e-4)
-    loss = contrastive_loss(states, candidates, torch.tensor([0, 1]), 0.2, taken[[1, 4]])
-    assert loss.item() == pytest.approx((0.6451 + 0.7437) / 2, abs=1e-4)
-
-
-def test_a_batchs_softmax_learns_popularity_only_with_log_q():
-    """
-    Targets drawn without regard to the user, shares 1/n; one user state, one free row an item. With log q
-    (`log_q_correction` 1) the softmax of the learned scores is close to the shares; without, it is flat.
-    """
-    shares = 1 / torch.arange(1, 21).float()
-    draws = torch.multinomial(shares, 2000 * 5, replacement=True, generator=torch.Generator().manual_seed(0))
-    learned = {}
-    for strength in (0.0, 1.0):
-        rows = torch.zeros(20, 1, requires_grad=True)
-        optimizer = torch.optim.Adam([rows], lr=0.03)
-        for batch in draws.view(2000, 5):
-            candidates, positions = batch.unique(return_inverse=True)
-            taken = strength * log_q(draws, 20)[candidates]
-            contrastive_loss(torch.ones(5, 1), rows[candidates], positions, 1.0, taken).backward()
-            optimizer.step(), optimizer.zero_grad()
-        learned[strength] = rows.detach()[:, 0].softmax(0)
-    assert learned[1.0].tolist() == pytest.approx((shares / shares.sum()).tolist(), abs=0.05)
-    assert learned[0.0].max() < 0.08
 
 
 def test_candidate_logprobs_stay_fp32_under_autocast():
@@ -169,7 +134,6 @@ CASES = {
     "full": {"peft": False, "item_credit": "all", "learning_rate": 1e-3},
     "rloo, m = 2": {"advantage": "rloo", "scale_rewards": "none", "item_credit": "2"},
     "all, no item gradient": {"item_credit": "all", "item_gradient": "none", "item_coef": 3.0},
-    "half of log q": {"log_q_correction": 0.5, "item_credit": "all", "item_coef": 2.0},
     "catalogue": {"item_negatives": "catalogue", "item_credit": "all", "token_coef": 0.5},
     "catalogue, no item gradient, full": {
         "item_negatives": "catalogue",
@@ -202,8 +166,6 @@ def build(make_trainer, shop, **settings):
 
 def oracle_of(trainer, generation) -> Oracle:
     args, completions = trainer.args, [rollout.ids for rollout in generation.rollouts]
-    drawn = Counter(trainer.train_dataset["target"][:])
-    shares = {int(target[1:]): args.log_q_correction * math.log(n / drawn.total()) for target, n in drawn.items()}
     return Oracle(
         table_ids=trainer.table.token_ids,
         targets=[int(row["target"][1:]) for row in generation.rows],
@@ -221,7 +183,6 @@ def oracle_of(trainer, generation) -> Oracle:
         token_coef=args.token_coef,
         negatives=args.item_negatives,
         item_gradient=args.item_gradient == "candidates",
-        log_q=shares,
     )
 
 

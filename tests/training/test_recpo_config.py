@@ -39,7 +39,6 @@ def test_defaults_are_the_papers(config):
         "item_credit": "best",
         "item_negatives": "batch",
         "item_gradient": "candidates",
-        "log_q_correction": 0.0,
         "similarity": "cosine",
         "advantage": "grpo",
         "mask_history": False,
@@ -106,8 +105,6 @@ def test_importance_correction_is_off_under_truncated_sampling(config):
         ({"max_eval_users": 0}, "max_eval_users"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"slice_table": True, "item_negatives": "catalogue"}, "slice_table"),
-        ({"log_q_correction": 0.5, "item_negatives": "catalogue"}, "log_q_correction.*--item_negatives batch"),
-        ({"log_q_correction": -0.5}, "log_q_correction"),
     ],
 )
 def test_refuses(config, settings, words):

@@ -34,10 +34,9 @@ def step(make_contrastive, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("log_q", [0.0, 1.0])
-def test_loss_is_that_of_each_state_and_of_the_best_words(step, tiny_model, log_q):
+def test_loss_is_that_of_each_state_and_of_the_best_words(step, tiny_model):
     """Three of eight users reason, twice each, the others not; float64, one by one."""
-    trainer, batch, prompts, rollouts, loss = step(reasoning_share=0.3, stop_coef=0.25, log_q_correction=log_q)
+    trainer, batch, prompts, rollouts, loss = step(reasoning_share=0.3, stop_coef=0.25)
     assert not any(rollout.has_marker for rollout in rollouts)
     assert len(rollouts) == 3 * 2 + 5 and [len(r.ids) for r in rollouts[6:]] == [len(trainer.prompts.marker_ids)] * 5
     model = double_model(tiny_model("llama"), LoraConfig(**LORA))
@@ -45,12 +44,10 @@ def test_loss_is_that_of_each_state_and_of_the_best_words(step, tiny_model, log_
     targets = batch["targets"].tolist()
     candidates = sorted(set(targets))
     rows = torch.stack([unit(forward(model, trainer.table.token_ids[row])[1][-1]) for row in candidates])
-    trained_on = trainer.train_dataset["target_row"][:]
-    taken = torch.tensor([log_q * math.log(trained_on.count(row) / len(trained_on)) for row in candidates])
 
     def of(user, rollout):
         logits, states = forward(model, prompts[user] + rollout.ids)
-        item = torch.log_softmax(rows @ unit(states[-1]) / 0.1 - taken, dim=0)[candidates.index(targets[user])].item()
+        item = torch.log_softmax(rows @ unit(states[-1]) / 0.1, dim=0)[candidates.index(targets[user])].item()
         start = len(prompts[user])
         words = torch.log_softmax(logits, dim=1)[range(start - 1, start + len(rollout.ids) - 1), rollout.ids]
         return item, words.sum().item(), len(rollout.ids)
