@@ -339,7 +339,7 @@ def _is_async(func: Reward) -> bool:
 
 def _check_rewards(rewards: Any, expected: int, name: str) -> list[float | None]:
     """The rewards as floats or `None`."""
-    if isinstance(rewards, (str, dict, set)) or not hasattr(rewards, "__len__"):
+    if isinstance(rewards, (str, dict, set)) or not hasattr(rewards, "__len__") or getattr(rewards, "ndim", 1) == 0:
         kind = type(rewards).__name__
         raise UserError(f"Reward {name!r} returned a {kind}; it must return a list with one number per rollout.")
     if len(rewards) != expected:

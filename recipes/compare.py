@@ -11,6 +11,7 @@ by Holm for all that is shown. Split, catalogue and rows must be the same; what 
 (settings, seed, versions) is listed. Hardware: any; seconds.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from rich import get_console
@@ -61,7 +62,7 @@ def named(folders: list[str], default: str | None = None) -> dict[str, list[str]
         name, equals, folder = text.partition("=")
         if not equals or "/" in name:
             name, folder = default or text, text
-        if folder in systems.setdefault(name, []):
+        if any(os.path.realpath(folder) == os.path.realpath(one) for one in systems.setdefault(name, [])):
             raise UserError(f"{folder} is given twice, and a run is no seed beside itself; give it once.")
         systems[name].append(folder)
     return systems
@@ -74,6 +75,8 @@ def main() -> None:
         raise UserError(f"--before is one system, not {', '.join(references)}; give the others to --after.")
     ((reference, folders),) = references.items()
     systems = named(args.after)
+    if clash := {reference, "before"} & set(systems):
+        raise UserError(f"--after names a system {clash.pop()!r} as well as --before; give it another name.")
     frames, protocols = {}, {}
     for folder in [*folders, *(one for runs in systems.values() for one in runs)]:
         frames[folder], protocol = read_ranks(folder)

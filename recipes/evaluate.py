@@ -16,7 +16,9 @@ by user. Several processes share out the users. Hardware: whatever the model run
 on a CPU.
 """
 
+import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from rich import get_console
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle.bundle import Bundle
-from r2ec_trl.cli.bundle_choice import BundleArguments, engine_of, load_bundle, make_bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments, check_catalogue, engine_of, load_bundle, make_bundle
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.reasoning_audit import audit_table, draw_audit
@@ -40,7 +42,7 @@ from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.comparison import check_rows, differences
 from r2ec_trl.evaluation.reasoning_audit import COUNTED_MODES, audit_modes, audit_reasoning, split_mode
-from r2ec_trl.evaluation.report import MASKS, finite, protocol, read_ranks
+from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, finite, protocol, read_ranks
 from r2ec_trl.evaluation.sampling import most_likely, sample_users
 from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows, without_histories
 from r2ec_trl.files import write_json, write_with
@@ -147,7 +149,7 @@ class Modes:
                 protocol.forward_token_budget,
                 seed=self.seed + self.accelerator.process_index,
             )
-        ranks = frame.group_by("row", maintain_order=True).agg(*MASKS.values())
+        ranks = frame.group_by("row", maintain_order=True).agg(*MASKS.values(), pl.col("reasoning_tokens").sum())
         self.samples[mode] = gather_rows(ranks, len(self.users))
         return gather_rows(frame[most_likely(frame)].drop("row", "completion_ids"), len(self.users))
 
@@ -181,6 +183,7 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
         raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
     if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
+        check_catalogue(bundle, dataset, users)
         if args.record:
             raise UserError(f"The catalogue of {args.bundle} is not {args.dataset}'s; evaluate without --record.")
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)
@@ -193,17 +196,22 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
     facts = protocol(card, settings, args.seed, args.split)
     beside: dict[str, pl.DataFrame] = {}
     for folder in args.beside:
-        name = Path(folder).name
-        beside[folder if name in {*wanted, *beside} else name] = _beside(folder, facts, users)
+        path = Path(folder).resolve()
+        beside[str(path) if path.name in {*REASONING_MODES, *wanted, *beside} else path.name] = _beside(
+            folder, facts, users
+        )
+    places = {mode: Path(args.output_dir) / mode.replace(":", "_") for mode in wanted}
+    if len(wanted) == 1:
+        places = {wanted[0]: Path(args.output_dir)}
+    _keep_training_runs(places.values())
     modes, frames, seconds = Modes(args, bundle, users, accelerator), {}, {}
     for mode in wanted:
         frame, seconds[mode] = modes(mode)
         frames[mode] = frame
         if accelerator.is_main_process:
-            place = Path(args.output_dir) if len(wanted) == 1 else Path(args.output_dir) / mode.replace(":", "_")
             own = {**facts, "settings": {**facts["settings"], "reasoning": mode}}
             alone = bundle.evaluate(without_histories(users), mode) if mode in ("full", "none") else None
-            result = write_evaluation(place, frame, dataset, card, users, own, alone)
+            result = write_evaluation(places[mode], frame, dataset, card, users, own, alone)
             if args.record and mode in ("full", "none"):
                 name = "after" if mode == bundle.meta.protocol.reasoning else f"reasoning_{mode}"
                 bundle.record_metrics({**bundle.meta.metrics, name: result})
@@ -216,6 +224,16 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
         write_with(
             Path(args.output_dir) / "reasoning_audit.png", lambda path: picture.savefig(path, dpi=110, format="png")
         )
+
+
+def _keep_training_runs(folders: Iterable[Path]) -> None:
+    """[`UserError`] for the folder of a training run, whose figures an evaluation would replace."""
+    for folder in folders:
+        file = folder / METRICS_FILE
+        if file.is_file() and "training" in json.loads(file.read_text(encoding="utf-8")):
+            raise UserError(
+                f"{file} is of a training run; give another --output_dir, such as {folder / 'evaluation'}."
+            )
 
 
 def _beside(folder: str, facts: dict[str, Any], users: Dataset) -> pl.DataFrame:

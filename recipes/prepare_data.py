@@ -184,12 +184,13 @@ def main() -> None:
         scratch = folder / "scratch"
         scratch.mkdir()
         dataset, card = build(source, filters, split, output, scratch)
+        audit = audit_dataset(dataset, card["split_rule"])
         if published:
-            here = {"users": card["facts"]["users"], **{split: len(rows) for split, rows in dataset.items()}}
+            users = card["facts"].get("users", audit["users"])  # those of a cut are counted in its rows
+            here = {"users": users, **{split: len(rows) for split, rows in dataset.items()}}
             card["published"] = {
                 name: {"published": count, "here": here[name]} for name, count in published.items() if name in here
             }
-        audit = audit_dataset(dataset, card["split_rule"])
         if output.tokenizer:
             from r2ec_trl.policy.prompt_lengths import prompt_lengths  # torch takes seconds to import
 
@@ -280,14 +281,16 @@ def build(
         )
         dataset, dropped, facts = done.dataset, done.dropped, done.facts
     if output.max_items is not None or output.max_users is not None:
+        facts = {"before the cut": facts} if facts else {}
         dataset = cut_dataset(dataset, max_items=output.max_items, max_users=output.max_users, dropped=dropped)
+    texts = {one: vars(output)[one] for one in ("item_fields", "max_field_words", "max_items", "max_users")}
     card = {
         "source": name,
         "category": output.category,
         "category_plural": output.category_plural or f"{output.category}s",
         "split_rule": rule,
         "synthetic": False,
-        "settings": {} if kind.ready else {**vars(filters), **vars(split)},
+        "settings": {**({} if kind.ready else {**vars(filters), **vars(split)}), **texts},
         "facts": facts,
         "dropped": {cause: count for cause, count in dropped.items() if count},
     }

@@ -9,6 +9,7 @@ seconds.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import polars as pl
 
@@ -37,7 +38,9 @@ def main() -> None:
     test = dataset["test"]
     rows = pl.DataFrame({name: test[name][: frame.height] for name in ("user_id", "target")})
     check_rows(rows, frame, f"The run {args.run} and the test rows of {args.dataset}")
-    say(f"{write_run_report(args.run, dataset['items'], test, args.audit)} is written.")
+    audit = Path(args.run) / "audit" / "reasoning_audit.json"
+    report = write_run_report(args.run, dataset["items"], test, args.audit or (audit if audit.is_file() else None))
+    say(f"{report} is written.")
 
 
 if __name__ == "__main__":

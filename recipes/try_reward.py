@@ -19,7 +19,7 @@ import polars as pl
 from accelerate import PartialState
 from rich import get_console
 
-from r2ec_trl.cli.bundle_choice import BundleArguments, load_bundle, make_bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments, check_catalogue, load_bundle, make_bundle
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.reward_trial import examples, trial_table
@@ -73,6 +73,8 @@ def sampled(args: TrialArguments, policy_args: PolicyArguments) -> tuple[pl.Data
     if not len(users):
         raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
+    if bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
+        check_catalogue(bundle, dataset, users)
     limits = bundle.meta.protocol
     with bundle.precision():
         samples, _ = sample_users(

@@ -71,6 +71,8 @@ def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
         (["--after", "{before}", "--output", "{before}"], "cannot be written"),
         (["--after", "{before}", "--metrics", "hit@\u00b2"], "`hit@\u00b2` is no metric"),
         (["--after", "a={before}", "a={before}"], "{before} is given twice"),
+        (["--after", "a={before}", "a={before}/"], "a run is no seed beside itself"),
+        (["--after", "before={split}"], "a system 'before' as well as --before"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, sentence):
@@ -81,3 +83,9 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, sentenc
         compare(monkeypatch, "--before", folders["before"], *(word.format(**folders) for word in words))
     error = capsys.readouterr().err
     assert caught.value.code == 2 and sentence.format(**folders) in error and error.count("\n") == 1
+
+
+def test_a_cutoff_with_a_leading_zero(tmp_path, monkeypatch, capsys):
+    before, after = write(tmp_path / "before", (1, 3, 2, 10)), write(tmp_path / "after", (1, 1, 1, 10))
+    compare(monkeypatch, "--before", before, "--after", after, "--metrics", "ndcg@010")
+    assert "NDCG@010" in capsys.readouterr().out

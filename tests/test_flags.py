@@ -453,6 +453,8 @@ def test_reasoning_audit_recipe(launch, written, shop, shop_folder, tmp_path, ca
         assert (
             found["modes"][mode]["unmasked"]["value"] == pytest.approx(value) and found["modes"][mode]["seconds"] > 0
         )
+    samples = found["modes"]["best:8"]["tokens"]
+    assert samples > 3 * found["modes"]["full"]["tokens"]  # of all eight together
     full, first = (frames[mode][0]["reasoning"] for mode in ("full", "first:4"))
     assert all(one.startswith(two.removesuffix("<answer>")) for one, two in zip(full, first, strict=True))
     launch(
@@ -474,6 +476,8 @@ def test_reasoning_audit_recipe(launch, written, shop, shop_folder, tmp_path, ca
         launch(
             "evaluate", *words, "--audit", "true", "--beside", tmp_path / "plain", "--max_eval_users", 3, out=tmp_path
         )
+    with pytest.raises(UserError, match="is of a training run; give another --output_dir"):
+        launch("evaluate", *words, "--reasoning", "none", out=written.parent)
     with pytest.raises(UserError, match="--beside is shown in the audit"):
         launch("evaluate", *words, "--beside", tmp_path / "plain", out=tmp_path)
 
@@ -537,6 +541,12 @@ def test_report_recipe(launch, warm, shop, shop_folder, tmp_path):
     report.unlink()
     launch("report", "--run", warm, "--dataset", shop_folder)
     assert "first:3" not in report.read_text() and shop["test"]["user_id"][0] in report.read_text()
+    (warm / "audit").mkdir()
+    (warm / "audit" / "reasoning_audit.json").write_text(
+        (tmp_path / "a.json").read_text().replace("first:3", "first:5")
+    )
+    launch("report", "--run", warm, "--dataset", shop_folder)
+    assert "first:5" in report.read_text()
     launch("report", "--run", warm, "--dataset", shop_folder, "--audit", tmp_path / "a.json")
     assert "first:3" in report.read_text() and "0.1250" in report.read_text()
     with pytest.raises(UserError, match="test rows of demo cannot be compared"):

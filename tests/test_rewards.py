@@ -158,6 +158,7 @@ def giving(value):
         ([[1.0, 2.0], [1.0, 2.0]], "for rollout 0"),
         ("ab", "'my_reward' returned a str"),
         (1.0, "'my_reward' returned a float"),
+        (torch.tensor(1.0), "'my_reward' returned a Tensor"),
         (None, "'my_reward' returned a NoneType"),
     ],
 )

@@ -61,8 +61,8 @@ def _splits(audit: Mapping[str, Any], card: Mapping[str, Any]) -> Table:
         table.add_column(split, justify="right")
     figures = audit["splits"]
     for key, name in _ROWS.items():
-        if key in figures["train"]:
-            table.add_row(name, *(_cell(figures[split][key]) for split in SPLITS))
+        if any(key in figures[split] for split in SPLITS):
+            table.add_row(name, *(_cell(figures[split].get(key, "")) for split in SPLITS))
     for key in ("mean", "median", "max"):
         table.add_row(f"history length, {key}", *(_cell(figures[split]["history_length"][key]) for split in SPLITS))
     buckets = dict.fromkeys(name for split in SPLITS for name in figures[split]["history_length"]["histogram"])

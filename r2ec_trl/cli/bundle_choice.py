@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.bundle.meta import Protocol
@@ -51,6 +52,17 @@ def load_bundle(args: BundleArguments, policy_args: PolicyArguments) -> Bundle:
     return Bundle.load(
         args.bundle or "", policy_args.model_name_or_path, _device(args), trust_remote_code=args.trust_remote_code
     )
+
+
+def check_catalogue(bundle: Bundle, dataset: DatasetDict, users: Dataset) -> None:
+    """[`UserError`] where the rows know an item that the bundle's catalogue does not hold: before anything is done."""
+    for name, rows in (("train", dataset["train"]), ("evaluated", users)):
+        for item in chain(rows["target"][:], *rows["history"][:]):
+            if item not in bundle.table.index:
+                raise UserError(
+                    f"Item {item!r} of the {name} rows is not in the bundle's catalogue (removed since?); add it "
+                    "there (`add_items`), or give a --dataset without it."
+                )
 
 
 def make_bundle(

@@ -26,8 +26,8 @@ def comparison_figure(comparison: Mapping[str, Any], reference: str) -> Figure:
     for axes, (mask, metric) in zip(every, panels, strict=True):
         for place, figures in enumerate(systems.values()):
             one = figures[mask][metric]
-            error = [[one["difference"] - one["low"]], [one["high"] - one["difference"]]]
-            decided = one["low"] > 0 or one["high"] < 0
+            error = [[max(0.0, one["difference"] - one["low"])], [max(0.0, one["high"] - one["difference"])]]
+            decided = comparison["users"] > 1 and (one["low"] > 0 or one["high"] < 0)
             axes.errorbar(one["difference"], place, xerr=error, fmt="o", capsize=3, color="C0" if decided else "C7")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(f"{metric}, {mask}")

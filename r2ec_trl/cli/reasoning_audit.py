@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from r2ec_trl.cli.tables import difference_cell, figure_cell
+from r2ec_trl.cli.terminal import printable
 from r2ec_trl.metrics import PERCENT
 
 _DIFFERENCES = ("minus_none", "minus_full", "minus_mean")
@@ -21,7 +23,7 @@ def audit_table(audit: Mapping[str, Any], mask: str = "unmasked") -> Table:
     for name, one in audit.items():
         changes = [difference_cell(one[mask][key], 3) if key in one[mask] else "" for key in _DIFFERENCES]
         seconds = "" if one["seconds"] is None else f"{one['seconds']:.3g}"
-        table.add_row(name, f"{one['tokens']:.1f}", seconds, figure_cell(one[mask], 3), *changes)
+        table.add_row(escape(printable(name)), f"{one['tokens']:.1f}", seconds, figure_cell(one[mask], 3), *changes)
     return table
 
 
@@ -29,14 +31,16 @@ def draw_audit(audit: Mapping[str, Any], mask: str = "unmasked") -> Figure:
     """NDCG@10 against tokens a user, with intervals; the greedy ways are joined, other models are levels."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    greedy = {name for name in audit if name in ("none", "full") or name.startswith("first:")}
+    own = {name: one for name, one in audit.items() if one["seconds"] is not None}
+    greedy = {name for name in own if name in ("none", "full") or name.startswith("first:")}
     line = sorted((audit[name]["tokens"], audit[name][mask]["value"]) for name in greedy)
     axes.plot(*zip(*line, strict=True) if line else ([], []), color="tab:blue", alpha=0.5)
     for name, one in audit.items():
         value, low, high = (one[mask][key] for key in ("value", "low", "high"))
         if one["seconds"] is None:
             axes.axhline(value, linestyle="--", color="tab:gray")
-            axes.annotate(name, (0, value), textcoords="offset points", xytext=(4, 4), color="tab:gray")
+            label = printable(name).replace("$", r"\$")
+            axes.annotate(label, (0, value), textcoords="offset points", xytext=(4, 4), color="tab:gray")
             continue
         color = "tab:blue" if name in greedy else "tab:orange"
         errors = [[max(0.0, value - low)], [max(0.0, high - value)]]

@@ -5,11 +5,10 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from datasets import Dataset, DatasetDict
 from rich import get_console
@@ -46,9 +45,7 @@ def baseline_frames(dataset: DatasetDict, test: Dataset, synthetic: bool) -> dic
         "item_to_item": baseline_frame(item_to_item(dataset["train"], item_ids), test),
     }
     if synthetic and "true_stage" in test.column_names:
-        oracle = oracle_ranks(test)
-        repeats = np.array([row["target"] in row["history"] for row in test])
-        frames["oracle"] = pl.DataFrame({"rank": oracle, "rank_masked": np.where(repeats, len(item_ids) + 1, oracle)})
+        frames["oracle"] = pl.DataFrame({"rank": oracle_ranks(test), "rank_masked": oracle_ranks(test, masked=True)})
     return frames
 
 
@@ -272,11 +269,27 @@ def _result(
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "best_validation": trainer.state.best_metric,
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(without_tokens(sys.argv)),
         "seconds": next((log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None),
         "arguments": {name: value for name, value in args.to_dict().items() if value is not None},
     }
     return result
+
+
+def without_tokens(words: Sequence[str]) -> list[str]:
+    """
+    A command line without the secrets in it.
+
+    >>> without_tokens(["recpo.py", "--hub_token", "hf_1", "--push_to_hub-token=hf_1", "--seed", "0"])
+    ['recpo.py', '--hub_token', '<hidden>', '--push_to_hub-token=<hidden>', '--seed', '0']
+    """
+    shown, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_token = name.startswith("--") and name.endswith(("_token", "-token"))
+        shown.append("<hidden>" if secret else f"{name}=<hidden>" if is_token and equals else word)
+        secret = is_token and not equals
+    return shown
 
 
 def write_evaluation(

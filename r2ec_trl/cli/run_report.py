@@ -43,7 +43,7 @@ def write_run_report(
         users ([`~datasets.Dataset`], *optional*):
             The test rows, whose purchases are then shown.
         audit (`str` or `os.PathLike`, *optional*):
-            `reasoning_audit.json` of recipes/evaluate.py; the run folder's `audit/` is looked at by default.
+            `reasoning_audit.json` of recipes/evaluate.py.
 
     Raises:
         [`UserError`]: where the folder holds no finished run.
@@ -52,8 +52,7 @@ def write_run_report(
     result = _read(folder / METRICS_FILE, "recipes/recpo.py writes one when it ends")
     if "after" not in result:
         raise UserError(f"{folder / METRICS_FILE} is of no finished run; `report.html` shows one.")
-    file = Path(audit) if audit is not None else folder / "audit" / "reasoning_audit.json"
-    named = [folder / METRICS_FILE, folder / "log_history.json", *([file] if audit or file.is_file() else [])]
+    named = [folder / METRICS_FILE, folder / "log_history.json", *([] if audit is None else [Path(audit)])]
     try:
         page = _page(folder, result, items, users, named)
     except UserError:
@@ -70,7 +69,7 @@ def _page(
 ) -> str:
     titles = dict(zip(items["item_id"][:], items["title"][:], strict=True))
     frames = {"after": read_ranks(folder)[0]}
-    if (folder / "before").is_dir():
+    if "before" in result:  # a run before this one may have left its own there
         frames = {"before": read_ranks(folder / "before")[0], **frames}
     history, *audits = named[1:]
     modes = _read(audits[0], "evaluate.py --audit true writes one")["modes"] if audits else {}

@@ -71,11 +71,17 @@ def comparison_table(comparison: Mapping[str, Any], reference: str = "before") -
         table.add_row(f"[bold]{escape(printable(system))}[/bold]" + (f" ({runs} seeds)" if seeds else ""))
         for mask, figures in masks.items():
             for metric, figure in figures.items():
-                cells = (f"{figure['before']:.4f}", f"{figure['after']:.4f}", difference_cell(figure, 3))
+                change = difference_cell(figure, 3 if _shows_side(figure, 3) else 4, comparison["users"] > 1)
+                cells = (f"{figure['before']:.4f}", f"{figure['after']:.4f}", change)
                 label = _metric_name(metric) + " masked" * (mask == "masked")  # 80 columns hold it all
                 table.add_row(label, *cells, _p(figure["p"]), _p(figure["p_holm"]))
         table.add_section()
     return table
+
+
+def _shows_side(figure: Mapping[str, float], digits: int) -> bool:
+    """Whether a bound that is not 0 is still none when rounded."""
+    return all(round(figure[bound], digits) or not figure[bound] for bound in ("low", "high"))
 
 
 def _p(value: float) -> str:
@@ -149,8 +155,8 @@ def figure_cell(figure: Mapping[str, float], digits: int = 4) -> str:
     return f"{figure['value']:.{digits}f} [dim]\\[{figure['low']:.{digits}f}, {figure['high']:.{digits}f}][/dim]"
 
 
-def difference_cell(figure: Mapping[str, float], digits: int = 4) -> str:
-    """`difference [low, high]`, bold where the interval excludes 0."""
+def difference_cell(figure: Mapping[str, float], digits: int = 4, several: bool = True) -> str:
+    """`difference [low, high]`, bold where the interval of several users excludes 0."""
     low, high = f"{figure['low']:+.{digits}f}", f"{figure['high']:+.{digits}f}"
     text = f"{figure['difference']:+.{digits}f} [dim]\\[{low}, {high}][/dim]"
-    return f"[bold]{text}[/bold]" if figure["low"] > 0 or figure["high"] < 0 else text
+    return f"[bold]{text}[/bold]" if several and (figure["low"] > 0 or figure["high"] < 0) else text

@@ -1,8 +1,8 @@
 """
 From raw sources to a dataset folder; names are loaded on first use.
 
-An importer (`amazon`, `movielens`, `recbole`, `tabular`) gives a `source`: interactions and items. `pipeline` filters
-and orders them (`events`, `catalogue`), splits them (`splits`), cuts the windows (`rows`) and cleans the item text
+An importer (`amazon`, `movielens`, `recbole`, `table`) gives a `source`: interactions and items. `pipeline` filters
+and orders them (`events`, `item_filter`), splits them (`splits`), cuts the windows (`rows`) and cleans the item text
 (`text`). `sequences` reads what is split already. `schema` is the dataset folder; `audit` says what is in one.
 """
 

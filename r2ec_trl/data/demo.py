@@ -262,7 +262,9 @@ def next_item_probabilities(history: list[str], world: DemoWorld | None = None) 
     return (expected + world.stray_target / expected.size).ravel()
 
 
-def oracle_ranks(rows: Iterable[Mapping[str, Any]], world: DemoWorld | None = None) -> np.ndarray:
+def oracle_ranks(
+    rows: Iterable[Mapping[str, Any]], world: DemoWorld | None = None, masked: bool = False
+) -> np.ndarray:
     """
     Rank of each row's target under the exact posterior of the generator: the best that any scorer can do on average.
 
@@ -274,15 +276,22 @@ def oracle_ranks(rows: Iterable[Mapping[str, Any]], world: DemoWorld | None = No
             Rows with `history` and `target`, such as a split of [`make_demo`].
         world ([`DemoWorld`], *optional*):
             Probabilities of the shop that drew the rows.
+        masked (`bool`, *optional*, defaults to `False`):
+            Leave each row's purchases out; a target among them is ranked last plus one.
 
     Returns:
-        `np.ndarray` of shape `(rows,)`, int64: 1-based ranks among the 600 items, history not masked.
+        `np.ndarray` of shape `(rows,)`, int64: 1-based ranks among the 600 items.
     """
     ranks = []
     for row in rows:
         scores, target = next_item_probabilities(row["history"], world), int(row["target"][1:])
         # Sums in another order differ in the last bits; what is equal on paper must tie.
         scores = np.round(scores, 12)
+        if masked and row["target"] in row["history"]:
+            ranks.append(len(scores) + 1)
+            continue
+        if masked:
+            scores[[int(item[1:]) for item in row["history"]]] = -1.0
         ranks.append(1 + np.sum(scores > scores[target]) + np.sum(scores[:target] == scores[target]))
     return np.array(ranks, dtype=np.int64)
 

@@ -72,6 +72,10 @@ def filter_items(
         absent = events.item_ids.filter(~events.item_ids.is_in(items["item_id"].implode()))
         items = pl.concat([items, pl.DataFrame({"item_id": absent})], how="diagonal")
         items = items.with_columns(pl.coalesce("title", "item_id").alias("title"))
+        unseen = pl.DataFrame({"item_id": absent})  # an item that is named by its id has one word and no markup
+        checks = pl.concat([checks, unseen], how="diagonal").with_columns(
+            pl.col("words").fill_null(1), pl.col("markup").fill_null(False), pl.col("priced").fill_null(False)
+        )
     else:
         events = drop_items(events, checks["item_id"], "an item without metadata", dropped)
         checks = checks.filter(pl.col("title").is_not_null())

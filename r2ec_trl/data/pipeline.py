@@ -29,7 +29,7 @@ from r2ec_trl.progress import report
 @dataclass(frozen=True)
 class Filters:
     """
-    What is filtered out of the interactions, in this order.
+    What is filtered out of the interactions; repeats go first.
 
     Args:
         min_rating (`float`, *optional*):

@@ -40,6 +40,8 @@ def item_text(items: pl.DataFrame, fields: Sequence[str] | None, max_words: int 
     known = [name for name in items.columns if name not in ("item_id", "title")]
     if fields is None:
         chosen = [name for name in known if name not in FUTURE_FIELDS]
+        if left := [name for name in known if name in FUTURE_FIELDS]:
+            logger.warning("Item field %s leaks the future and is left out; --item_fields keeps it.", listing(left))
     else:
         chosen = [name for name in dict.fromkeys(fields) if name != "title"]
         unknown = [name for name in chosen if name not in known]

@@ -122,5 +122,5 @@ def _values(ranks: pl.Series, metrics: Sequence[str]) -> dict[str, np.ndarray]:
         kind, _, k = metric.partition("@")
         if kind not in KINDS or not (k.isascii() and k.isdigit()):
             raise UserError(f"`{metric}` is no metric; give {', '.join(KINDS)} with a cutoff, such as ndcg@10.")
-        found.update(metric_values(ranks.to_numpy(), (int(k),), (kind,)))
+        (found[metric],) = metric_values(ranks.to_numpy(), (int(k),), (kind,)).values()
     return found

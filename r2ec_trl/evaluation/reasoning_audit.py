@@ -48,7 +48,8 @@ def audit_reasoning(
         seconds (`Mapping[str, float]`):
             Mode → seconds a user that reasoning and ranking took.
         samples (`Mapping[str, polars.DataFrame]`):
-            Mode `best:N` → one row a user with the ranks of all N samples, lists `rank` and `rank_masked`.
+            Mode `best:N` → one row a user: the ranks of all N samples, lists `rank` and `rank_masked`, and
+            `reasoning_tokens`, of all of them together.
         beside (`Mapping[str, polars.DataFrame]`):
             Name → frame of another model on the same users: what the same time buys without reasoning, say.
         seed (`int`, *optional*, defaults to `0`):
@@ -63,7 +64,7 @@ def audit_reasoning(
     for name, frame in {**frames, **beside}.items():
         one: dict[str, Any] = {"tokens": 0.0, "missing_marker": None, "seconds": seconds.get(name)}
         if "reasoning_tokens" in frame.columns:  # a baseline's have none
-            one["tokens"] = float(frame["reasoning_tokens"].to_numpy().mean())
+            one["tokens"] = float(samples.get(name, frame)["reasoning_tokens"].to_numpy().mean())
             one["missing_marker"] = 1 - float(frame["has_marker"].cast(pl.Float64).to_numpy().mean())
         for mask, column in MASKS.items():
             one[mask] = _figures(frame, frames, samples.get(name), column, seed)

@@ -118,7 +118,7 @@ def sample_users(
     lengths = [len(prompt) for prompt in prompt_ids]
     states = table.project(make_encoder(model, prompts, token_budget)(sequences, prompt_lengths=lengths))
     states = states.to(table.device)
-    targets = torch.tensor([table.index[target] for target in users["target"][:]], device=table.device)[row]
+    targets = torch.tensor(table.row_indices(users["target"][:]), device=table.device)[row]
     histories = [table.row_indices(history) for history in users["history"][:]]
     excluded = exclusion_matrix([histories[i] for i in row], table.device)
     scores = table.rank(states, targets, temperature=item_temperature)

@@ -147,7 +147,8 @@ def evaluate_users(
     engine = reasoner or partial(generate_reasoning, model, reader, batch_tokens=2 * token_budget)
 
     def reason(*question: Any, **options: Any) -> list[Rollout]:
-        return alter_reasoning(engine(*question, **options) if rollouts is None else rollouts, reader, reasoning)
+        written = engine(*question, **options) if rollouts is None else rollouts[: len(asked)]
+        return alter_reasoning(written, reader, reasoning)
 
     histories = [table.row_indices(history) for history in dataset["history"]]
     strangers = not any(histories)  # nobody has bought anything: one prompt, one answer for all

@@ -28,6 +28,7 @@ USER_TEMPLATE = (
 )
 ITEM_TEMPLATE = "Summarise the key attributes of the following {category} inside {marker} and {closing}.\n\n{fields}"
 FIELD_LABELS = {"average_rating": "Average rating", "rating_number": "Number of buyers"}
+LONG_WORD = 40  # characters: no word of a language with blanks
 MAX_SHARING = 10  # a catalogue with fewer different prompts than one for so many titles shows the wrong columns
 LATER_FIELDS = (
     "prompt_date",
@@ -190,8 +191,13 @@ class Prompts:
                     f"Item {item['item_id']}: the instruction and the title take {len(ids)} tokens; raise "
                     f"`max_item_length` ({self.config.max_item_length})."
                 )
-            keep = min(len(words[name]) - 1, int(len(words[name]) * limit / len(ids)))
-            words[name] = words[name][:keep]
+            share = limit / len(ids)
+            keep = min(len(words[name]) - 1, int(len(words[name]) * share))
+            last = words[name][-1]
+            if len(words[name]) == 1 and len(last) > LONG_WORD:  # text of a language without blanks
+                words[name] = [last[: min(len(last) - 1, int(len(last) * share))]]
+            else:
+                words[name] = words[name][:keep]
             ids = self._item_ids(words, item)
         return ids + self.marker_ids
 

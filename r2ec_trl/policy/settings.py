@@ -67,7 +67,10 @@ class RecommendationArguments(PromptFlags):
         metadata={"help": "Choose the best adapter by the figure with the history masked instead of unmasked."},
     )
     forward_token_budget: int = field(
-        default=16_384, metadata={"help": "Most tokens (padding included) of one forward without gradient."}
+        default=16_384,
+        metadata={
+            "help": "Most tokens (padding included) of one forward over prompts; greedy reasoning takes twice as many."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -158,7 +158,7 @@ class Recommender:
             `list[Recommendation]`: in the order of `histories`.
 
         Raises:
-            [`UserError`]: for an empty or unknown history, unknown items or columns, a condition that is none.
+            [`UserError`]: for an unknown history, unknown items or columns, a condition that is none.
         """
         if isinstance(histories, (str, Mapping)):
             raise UserError("`histories` holds one entry a user; put a single user into a list.")

@@ -51,8 +51,8 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
     stop_coef: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of a language-model loss on each group's best reasoning with the marker at its end, "
-            "so that the policy learns to stop by itself."
+            "help": "Weight of a language-model loss on each group's best reasoning, its marker included, where that "
+            "had to be appended, so that the policy learns to stop by itself."
         },
     )
     taught_words: int = field(
@@ -65,7 +65,8 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
     min_reward_spread: float = field(
         default=0.0,
         metadata={
-            "help": "Leave groups out of it in which the target's probability has a smaller deviation than this."
+            "help": "Leave groups out of the loss of stop_coef in which the target's probability has a smaller "
+            "deviation than this; not with taught_words."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
@@ -90,6 +91,10 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
         if self.taught_words and not self.stop_coef:
             raise UserError(
                 "`taught_words` says what `stop_coef` teaches, and that is 0; raise it, or leave both out."
+            )
+        if self.taught_words and self.min_reward_spread:
+            raise UserError(
+                "`min_reward_spread` chooses among the policy's own reasonings; leave it out with `taught_words`."
             )
         if self.reasoning == "sampled" and not self.reasoning_share:
             raise UserError("`reasoning_share` is 0, so nobody would reason; raise it, or add `--reasoning none`.")

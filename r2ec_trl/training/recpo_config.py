@@ -125,7 +125,7 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
         default=False,
         metadata={
             "help": "Each process holds only its slice of the item table, for catalogues of a million items and more; "
-            "it is not saved."
+            "it is not saved with checkpoints. The bundle gets it whole, through the main process's memory."
         },
     )
     gradient_checkpointing: str = field(
@@ -147,7 +147,8 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
     watch_steps: int = field(
         default=10,
         metadata={
-            "help": "Every so many steps measure gradient norms of both terms, row cosines, fresh-rank gain; 0: never."
+            "help": "Every so many steps measure gradient norms of both terms (not under DeepSpeed or reentrant "
+            "checkpointing), row cosines, fresh-rank gain; 0: never."
         },
     )
 

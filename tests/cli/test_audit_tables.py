@@ -23,6 +23,14 @@ def shown(card):
     return console.file.getvalue()
 
 
+def test_times_of_some_splits_only():
+    splits = {**AUDIT["splits"], "train": {**AUDIT["splits"]["train"], "first_target": "2018-01-01"}}
+    console = Console(file=io.StringIO(), width=120)
+    for table in audit_tables({**AUDIT, "splits": splits}, {}):
+        console.print(table)
+    assert console.file.getvalue().count("2018-01-01") == 1
+
+
 def test_terminal_codes_and_markup_of_the_data_are_text():
     text = shown({"source": "a\x1b[2Jb [red]c[/red]", "split_rule": "given", "dropped": {"\x9b31m[blink]": 1234}})
     assert "\x1b[2J" not in text and "\x1b]0;" not in text and "\x9b" not in text and "\x07" not in text

@@ -86,6 +86,19 @@ def test_evaluating_a_bundle_whose_catalogue_has_grown(own, shop_folder, tmp_pat
             main()
 
 
+@pytest.mark.parametrize("recipe", ["evaluate", "try_reward"])
+def test_an_item_that_the_bundle_no_longer_holds(own, shop, shop_folder, tmp_path, monkeypatch, recipe):
+    gone = shop["train"]["target"][0]
+    Bundle.load(own).remove_items([gone])
+    out = ["--output_dir", tmp_path / "out"] if recipe == "evaluate" else ["--rollouts", tmp_path / "r.parquet"]
+    words = [f"{recipe}.py", "--bundle", own, "--dataset", shop_folder, *out]
+    monkeypatch.setattr("sys.argv", [*map(str, words)])
+    main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
+    with pytest.raises(UserError, match=f"Item '{gone}' of the train rows is not in the bundle's catalogue"):
+        main()
+    assert not (tmp_path / "out" / "ranks.parquet").exists() and not (tmp_path / "r.parquet").exists()
+
+
 @pytest.fixture
 def end_run(make_trainer, tiny_model_folder, shop, shop_folder, tmp_path):
     """`end_run(**settings)` ends an untrained run on the test users and returns its folder."""

@@ -21,3 +21,14 @@ def test_a_line_a_system_and_a_panel_a_figure():
     (dot, *_), *_ = panels[0].containers[0], None
     assert dot.get_xdata().tolist() == pytest.approx([found["systems"]["better"]["unmasked"]["hit@1"]["difference"]])
     assert "start" in comparison_figure(found, "start").get_supxlabel()
+
+
+def test_one_user_decides_nothing():
+    """One user with three rows: an interval without width, whose ends may lie beside the difference by a rounding."""
+    one = frame(rank=(1, 1, 50, 9)).with_columns(user_id=pl.lit("u"))
+    found = compare_runs([one], {"better": [one.with_columns(rank=pl.lit(1))]}, ["hit@10"])
+    figure = found["systems"]["better"]["unmasked"]["hit@10"]
+    assert figure["difference"] == pytest.approx(0.25) == figure["low"]
+    for ends in ({}, {"low": figure["difference"] + 1e-16, "high": figure["difference"] - 1e-16}):
+        figure |= ends
+        assert len(comparison_figure(found, "start").axes) == 2

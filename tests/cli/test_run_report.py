@@ -70,10 +70,22 @@ def test_the_audit_is_taken_in(finished, shop, tmp_path):
     assert "Does the reasoning help?" not in plain
     (folder / "audit").mkdir()
     (folder / "audit" / "reasoning_audit.json").write_text(json.dumps({"modes": {"first:3": one}}))
-    text = write_run_report(folder, shop["items"]).read_text(encoding="utf-8")
+    audit = folder / "audit" / "reasoning_audit.json"
+    text = write_run_report(folder, shop["items"], audit=audit).read_text(encoding="utf-8")
     assert "Does the reasoning help?" in text and "+0.0543" in text and text.count("<svg") == 2
     with pytest.raises(UserError, match="There is no .*nowhere"):
         write_run_report(folder, shop["items"], audit=tmp_path / "nowhere")
+
+
+def test_what_an_earlier_run_left_in_the_folder_is_not_this_runs(finished, shop):
+    """Another `before/` (of more rows) and another audit."""
+    folder, result = finished
+    write_report(folder, {key: value for key, value in result.items() if key != "before"}, frame([1, 9, 8, 7], shop))
+    write_report(folder / "before", {"protocol": PROTOCOL}, frame([9, 9, 40, 2, 5], shop))
+    (folder / "audit").mkdir()
+    (folder / "audit" / "reasoning_audit.json").write_text("{}")
+    text = write_run_report(folder, shop["items"]).read_text(encoding="utf-8")
+    assert "changed most" not in text and "Does the reasoning help?" not in text
 
 
 def test_the_best_the_worst_and_those_that_changed(shop):

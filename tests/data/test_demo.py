@@ -155,6 +155,15 @@ def test_oracle_is_calibrated():
     assert abs(difference.mean()) < 3 * difference.std() / 1500**0.5
 
 
+def test_masked_oracle_ranks_leave_out_what_was_bought():
+    rows = list(demo_users("test", 40, seed=3))
+    plain, masked = oracle_ranks(rows), oracle_ranks(rows, masked=True)
+    for row, before, after in zip(rows, plain, masked, strict=True):
+        bought = set(row["history"])
+        assert after == 601 if row["target"] in bought else before - len(bought) <= after <= before
+    assert (masked < plain).any()
+
+
 def test_oracle_ranks_break_ties_by_catalogue_order():
     history = [item("guitar", "strings", "fenta")]
     rows = [{"history": history, "target": item("guitar", "tuner", "fenta", colour)} for colour in COLOURS]

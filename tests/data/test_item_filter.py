@@ -1,5 +1,6 @@
 """What counts as a price, and that every item that goes is counted."""
 
+import dataclasses
 from collections import Counter
 
 import polars as pl
@@ -28,3 +29,16 @@ def test_each_filter_drops_its_own():
         kept, catalogue = filter_items(events, items, items, rules, dropped)
         assert kept.item_ids.gather(kept.item).to_list() == list(left) and sum(dropped.values()) == 3 - len(left)
         assert set(left) <= set(catalogue["item_id"])
+
+
+def test_items_named_by_their_id_pass_what_looks_at_titles():
+    """Unknown to the metadata, or without a title there; without a known price they go where one is required."""
+    interactions = pl.DataFrame({"user_id": list("uuu"), "item_id": list("abc"), "timestamp": [1, 2, 3]})
+    items = pl.DataFrame({"item_id": list("ab"), "title": ["one", None], "price": ["1", "2"]})
+    events = sort_events(Source("hand", interactions, items))
+    for rules, left in ((ItemFilter(max_title_words=2, drop_markup_titles=True), "abc"), (ItemFilter(True), "ab")):
+        dropped = Counter()
+        rules = dataclasses.replace(rules, missing_title="id")
+        kept, catalogue = filter_items(events, items, items, rules, dropped)
+        assert kept.item_ids.gather(kept.item).to_list() == list(left)
+        assert dict(catalogue.select("item_id", "title").rows()) == {"a": "one", "b": "b", "c": "c"}

@@ -99,6 +99,9 @@ def test_published_counts_are_compared(tmp_path, prepare_in_process):
     card = load_dataset_card(tmp_path / "folder")
     assert card["published"]["test"] == {"published": 100, "here": card["counts"]["test"]}
     assert card["counts"]["items"] == 40 and card["dropped"]["cut: item"] == 50
+    assert card["facts"].keys() == {"before the cut"} and card["facts"]["before the cut"]["items"] == 90
+    assert card["published"]["users"] == {"published": 200, "here": card["audit"]["users"]}
+    assert card["settings"]["max_items"] == 40 and card["settings"]["max_users"] == 150
     assert "against the published counts" in text
     (tmp_path / "counts.yaml").write_text("Generated: {users: 200, users: 80}\n")
     status, text = prepare_in_process(*arguments[:-1], tmp_path / "again")

@@ -216,3 +216,11 @@ def test_cut_of_users():
     assert cut["test"].to_list() == shop()["test"].to_list()
     with pytest.raises(UserError, match="leaves no row in split 'train'"):
         cut_dataset(shop(), max_items=1, dropped=Counter())
+
+
+@pytest.mark.parametrize("title", ["&nbsp;", "<br>", "\\u200b"])
+def test_a_title_that_cleaning_empties_is_a_bad_row(tmp_path, title):
+    folder = write(tmp_path / "in", items=[*ITEM_LINES, f'{{"item_id": "x", "title": "{title}"}}'])
+    with pytest.raises(UserError, match="items.jsonl, row 4 has no title"):
+        import_sequences(folder)
+    assert import_sequences(folder, skip_bad_rows=True, dropped=Counter())["items"].num_rows == 3

@@ -32,7 +32,8 @@ def test_what_is_no_mode_is_refused(mode):
 def test_figures_and_differences_by_hand():
     """NDCG@10 of ranks 1, 3 and 11: 1, .5 and 0."""
     frames = {"none": frame([11, 11, 3], tokens=0), "full": frame([1, 3, 11]), "best:2": frame([1, 1, 11], tokens=3)}
-    samples = {"best:2": pl.DataFrame({"rank": [[1, 3], [1, 11], [11, 11]], "rank_masked": [[1, 3], [1, 1], [1, 1]]})}
+    ranks = {"rank": [[1, 3], [1, 11], [11, 11]], "rank_masked": [[1, 3], [1, 1], [1, 1]]}
+    samples = {"best:2": pl.DataFrame({**ranks, "reasoning_tokens": [5, 7, 9]})}
     beside = {"other model": frame([3, 3, 3]).drop("reasoning_tokens", "has_marker")}
     found = audit_reasoning(frames, {"none": 0.1, "full": 0.4, "best:2": 3.0}, samples, beside)
     assert [one["unmasked"]["value"] for one in found.values()] == pytest.approx([0.5 / 3, 0.5, 2 / 3, 0.5])
@@ -44,5 +45,6 @@ def test_figures_and_differences_by_hand():
     assert best["minus_mean"]["difference"] == pytest.approx(2 / 3 - 1.25 / 3)
     assert best["low"] <= best["value"] <= best["high"]
     assert found["full"]["tokens"] == 2 and found["best:2"]["seconds"] == 3.0
+    assert found["best:2"]["tokens"] == 7  # of both samples
     assert found["other model"]["seconds"] is None and found["other model"]["missing_marker"] is None
     assert found["full"]["masked"]["value"] < 0.5

@@ -204,6 +204,14 @@ def test_items_over_the_limit_lose_the_tail_of_the_last_field(make_prompts, limi
     assert words == [f"word{n}" for n in range(len(words))]
 
 
+def test_a_long_field_without_blanks_is_cut_and_not_dropped(make_prompts):
+    item = {"item_id": "i", "title": "bow", "brand": "orvo", "description": "word" * 300}
+    prompts = make_prompts(max_item_length=470, item_fields=("title", "brand", "description"), **SHORT)
+    ids = prompts.item_ids(item)
+    written = prompts.tokenizer.decode(ids)
+    assert 400 < len(ids) <= 470 and "Brand: orvo" in written and written.count("word") > 20
+
+
 def test_an_item_whose_title_alone_is_too_long_is_an_error(make_prompts):
     with pytest.raises(UserError, match="Item i00: the instruction and the title take"):
         make_prompts(max_item_length=60).item_ids(ITEM)

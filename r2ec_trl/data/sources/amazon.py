@@ -89,8 +89,9 @@ def import_amazon(
     interactions = pl.concat(found)
     path = locate(f"raw/meta_categories/meta_{category}.jsonl", where, download_dir, progress)
     items = _read_metadata(path, interactions["item_id"].unique(), skipped, dropped)
+    fields = tuple(name for name in FIELDS if name in items.columns)
     check_same_ids(interactions, items, f"{category} ({reviews})", path)
-    return Source(f"amazon 2023: {category}, {reviews}", interactions, items, 1_000, dropped, FIELDS)
+    return Source(f"amazon 2023: {category}, {reviews}", interactions, items, 1_000, dropped, fields)
 
 
 def review_files(category: str, reviews: str) -> dict[str, str]:

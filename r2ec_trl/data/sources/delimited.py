@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r2ec_trl.data.sources.jsonl import BLOCK_BYTES, ROW, UNNAMED, UNREADABLE, blocks, flat_text, listing, read_jsonl
+from r2ec_trl.data.sources.jsonl import ROW, UNNAMED, UNREADABLE, blocks, first_keys, flat_text, listing, read_jsonl
 from r2ec_trl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,15 +27,7 @@ _LONGEST_FIELD = 1 << 20  # characters of a quoted field: a longer one is a quot
 # Arrow types that a column of a table may have; decimals and nested types become text.
 _TESTS = "null boolean integer floating string large_string string_view date timestamp"
 _TYPES = tuple(getattr(pa.types, f"is_{name}") for name in _TESTS.split())
-_ONE_VALUE = (
-    "user_id",
-    "item_id",
-    "parent_asin",
-    "title",
-    "rating",
-    "timestamp",
-    "split",
-)  # never lists, never tables
+_ONE_VALUE = set("user_id item_id parent_asin title rating timestamp split".split())  # never lists, never tables
 
 
 @dataclass(frozen=True)
@@ -87,16 +79,28 @@ def read_table(
     Returns:
         Iterator of `polars.DataFrame`: the columns, and the row number (data rows from 1) in [`ROW`].
     """
-    name = Path(path).name.lower().removesuffix(".gz")
-    if dialect is None and name.endswith((".jsonl", ".ndjson", ".json")):
+    if dialect is None and is_json(path):
         schema = {source: pl.String for source in columns.values()}
         frames = read_jsonl(path, schema, skip_bad_rows=skipped is not None, dropped=skipped)
         return _without_absent(frames, columns, optional, path)
-    if dialect is None and name.endswith((".parquet", ".pq")):
+    if dialect is None and _ending(path, ".parquet", ".pq"):
         return _read_parquet(path, columns, optional)
     if dialect is None:
-        dialect = Dialect(separator="\t" if name.endswith((".tsv", ".tab")) else ",")
+        dialect = _told_by_name(path)
     return _read_delimited(path, columns, dialect, optional, skipped)
+
+
+def is_json(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name says that it holds JSON lines, packed or not."""
+    return _ending(path, ".jsonl", ".ndjson", ".json")
+
+
+def _ending(path: str | os.PathLike[str], *endings: str) -> bool:
+    return Path(path).name.lower().removesuffix(".gz").endswith(endings)
+
+
+def _told_by_name(path: str | os.PathLike[str]) -> Dialect:
+    return Dialect(separator="\t" if _ending(path, ".tsv", ".tab") else ",")
 
 
 def column_names(path: str | os.PathLike[str], dialect: Dialect | None = None) -> list[str]:
@@ -104,7 +108,7 @@ def column_names(path: str | os.PathLike[str], dialect: Dialect | None = None) -
     if dialect is None and Path(path).name.lower().endswith((".parquet", ".pq")):
         with open_parquet(path) as file:
             return list(named_columns(file.schema_arrow.names, path))
-    dialect = dialect or Dialect(separator="\t" if ".tsv" in Path(path).name.lower() else ",")
+    dialect = dialect or _told_by_name(path)
     first = next(blocks(path, 1 << 16), (1, b""))[1]
     return _header(first.partition(b"\n")[0], dialect, path)
 
@@ -134,7 +138,9 @@ def _without_absent(
     for frame in frames:
         filled = [name for name in frame.columns if name != ROW and frame[name].null_count() < frame.height]
         if chosen is None:
-            chosen = _chosen(columns, filled, optional, path) if frame.height else dict(columns)
+            absent = [name for name, source in columns.items() if name not in optional and source not in filled]
+            there = first_keys(path) if absent and frame.height else filled  # so that the sentence names what is there
+            chosen = _chosen(columns, there, optional, path) if frame.height else dict(columns)
         late = [name for name in filled if name not in chosen.values()]
         if late:
             row = frame.filter(pl.col(late[0]).is_not_null())[ROW][0]
@@ -211,7 +217,7 @@ def _read_delimited(
 ) -> Iterator[pl.DataFrame]:
     names: list[str] | None = None
     row = 1
-    source = (block for _, block in blocks(path, BLOCK_BYTES))
+    source = (block for _, block in blocks(path))
     for block in source:
         if names is None:
             header, _, rest = block.partition(b"\n")

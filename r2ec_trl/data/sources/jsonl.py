@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -264,6 +265,15 @@ def parse_object(line: bytes) -> dict[str, Any]:
         hint = ": write each of its objects on a line of its own" if isinstance(value, list) else ""
         raise ValueError(f"not a JSON object (a {type(value).__name__}{hint})")
     return value
+
+
+def first_keys(path: str | os.PathLike[str]) -> list[str]:
+    """The keys of the first line that can be read."""
+    for _, block in blocks(path):
+        for line in filter(bytes.strip, block.split(b"\n")):
+            with contextlib.suppress(ValueError, RecursionError):
+                return list(parse_object(line))
+    return []
 
 
 def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.data.schema import ITEMS, SPLITS
 from r2ec_trl.data.sources.jsonl import ROW, Schema, read_jsonl, read_objects, reject
 from r2ec_trl.data.sources.source import TOO_LATE, Kind, checked_ids, checked_items
+from r2ec_trl.data.text import clean_text
 from r2ec_trl.errors import UserError
 
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",), ITEMS: (ITEMS,)}
@@ -56,6 +57,7 @@ def import_sequences(
     skipped = dropped if skip_bad_rows else None
     paths = {split: _find(Path(folder), names) for split, names in _NAMES.items()}
     items = read_objects(paths[ITEMS], {"item_id": "item_id", "title": "title"}, skipped)
+    items = items.with_columns(title=pl.when(clean_text(items["title"]).is_not_null()).then("title"))
     items = checked_items(items, paths[ITEMS], skipped, strict=True)
     splits = {split: _read_rows(paths[split], items["item_id"], skipped) for split in SPLITS}
     splits[ITEMS] = items

@@ -18,6 +18,8 @@ from r2ec_trl.errors import UserError
 logger = logging.getLogger(__name__)
 
 TOO_LATE = 100_000_000_000  # seconds: the year 5138
+STARS = 5  # what prompts say ratings are out of
+_CLOCKS = (" %H:%M", " %H:%M:%S%.f")
 UNIT_FLAG = "--timestamp_unit"
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 MISSING = (
@@ -125,6 +127,13 @@ def check_interactions(
     if rows.is_empty():
         left = "no interaction is left after the bad rows" if checked else "the file is empty"
         raise UserError(f"{path}: {left}, and there must be at least one.")
+    if "rating" in rows.columns and (rows["rating"].max() or 0) > STARS:  # type: ignore[operator]
+        logger.warning(
+            "%s: some ratings are above %d, and prompts say 'out of %d': train with --use_ratings false.",
+            path,
+            STARS,
+            STARS,
+        )
     latest: Any = rows["timestamp"].max()
     if _fitting(latest, unit, finer=False):
         logger.warning("%s: no time is after 1973 %s.", path, _other_unit(latest, unit, flag, finer=False))
@@ -151,7 +160,9 @@ def _check(
         columns.append("split")
     frame = frame.with_columns(_ticks(frame["timestamp"], ticks).alias(_PARSED))
     time = pl.col(_PARSED)
-    frame = reject(frame, time.is_null(), "has a timestamp that is no whole number", path, skipped, "timestamp")
+    frame = reject(
+        frame, time.is_null(), "has a timestamp that is no whole number and no date", path, skipped, "timestamp"
+    )
     frame = reject(frame, time < 0, "has a negative timestamp", path, skipped, "timestamp")
     late = time > min(TOO_LATE * ticks, 2**63 - 1)
     latest: Any = frame[_PARSED].max() or 0
@@ -231,4 +242,18 @@ def _ticks(time: pl.Series, ticks: int) -> pl.Series:
     value = pl.col(number.name)
     is_whole = value.is_finite() & (value == value.floor())
     rounded = number.to_frame().select(pl.when(is_whole).then(value)).to_series().cast(pl.Int64, strict=False)
-    return rounded if whole is None else whole.zip_with(whole.is_not_null(), rounded)
+    found = rounded if whole is None else whole.zip_with(whole.is_not_null(), rounded)
+    if time.dtype != pl.String or found.null_count() == 0:
+        return found
+    return found.zip_with(found.is_not_null(), _ticks(_dates(time), ticks))
+
+
+def _dates(text: pl.Series) -> pl.Series:
+    """Moments (UTC where no zone is given) of `2018-09-20`, `2018-07-07 22:09:11`, `2020-01-01T00:00Z`; else null."""
+    text = text.str.replace("[Tt]", " ").str.replace("[Zz]$", "+00:00")
+    naive = [text.str.to_datetime(f"%Y-%m-%d{clock}", time_unit="ns", strict=False) for clock in ("", *_CLOCKS)]
+    zoned = [text.str.to_datetime(f"%Y-%m-%d{clock}%z", time_unit="ns", strict=False) for clock in _CLOCKS]
+    moments = [*naive, *(one.dt.convert_time_zone("UTC").dt.replace_time_zone(None) for one in zoned)]
+    return (
+        pl.DataFrame({str(place): one for place, one in enumerate(moments)}).select(pl.coalesce(pl.all())).to_series()
+    )

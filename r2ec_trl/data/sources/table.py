@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
-from r2ec_trl.data.sources.delimited import Dialect, column_names, no_column, read_table
+from r2ec_trl.data.sources.delimited import Dialect, column_names, is_json, no_column, read_table
 from r2ec_trl.data.sources.jsonl import ROW, read_objects, reject
 from r2ec_trl.data.sources.source import (
     SPLIT_CODES,
@@ -89,9 +89,8 @@ def import_items(
     skipped: Counter[str] | None = None,
 ) -> pl.DataFrame:
     """All columns of an item file, with `item_id` and `title` first; rows without an id are bad rows."""
-    if dialect is None and ".json" in Path(path).name.lower():
-        names = {item_column: "item_id", title_column: "title"}
-        return checked_items(read_objects(path, names, skipped), path, skipped)
+    if dialect is None and is_json(path):
+        return checked_items(_json_items(path, item_column, title_column, skipped), path, skipped)
     found = column_names(path, dialect)
     for name in (item_column, title_column):
         if name not in found:
@@ -103,6 +102,23 @@ def import_items(
     if not frames:
         raise UserError(f"{path} is empty: a catalogue needs at least one item.")
     return checked_items(pl.concat(frames), path, skipped)
+
+
+def _json_items(
+    path: str | os.PathLike[str], item_column: str, title_column: str, skipped: Counter[str] | None
+) -> pl.DataFrame:
+    """Items of JSON lines; a key that no line has is a column that the file lacks."""
+    names = (
+        {item_column: "item_id"} if item_column == title_column else {item_column: "item_id", title_column: "title"}
+    )
+    items = read_objects(path, names, skipped)
+    for source, name in names.items():
+        if items[name].null_count() == items.height:
+            others = [one for one in items.columns if one not in (name, ROW)]
+            raise no_column(
+                path, f"'{source}'", [{new: old for old, new in names.items()}.get(one, one) for one in others]
+            )
+    return items if "title" in items.columns else items.with_columns(title="item_id")
 
 
 def _coded_split(frame: pl.DataFrame, path: str | os.PathLike[str], skipped: Counter[str] | None) -> pl.DataFrame:

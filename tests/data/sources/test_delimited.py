@@ -1,6 +1,7 @@
 """What text and Parquet files can hold, and what is said of those that cannot be used."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_parquet_that_is_none(tmp_path):
 def test_bad_rows_are_found_beyond_the_first_block(tmp_path, monkeypatch):
     import r2ec_trl.data.sources.delimited as delimited
 
-    monkeypatch.setattr(delimited, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(delimited, "blocks", partial(delimited.blocks, block_bytes=50))
     path = tmp_path / "t.csv"
     rows = [f"u{row},i,5,{row}" for row in range(40)]
     path.write_text(HEADER + "\n".join(rows))

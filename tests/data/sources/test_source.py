@@ -66,3 +66,29 @@ def test_flags_become_parameters():
         "input": "folder",
         "skip_bad_rows": "skip_bad_rows",
     }
+
+
+@pytest.mark.parametrize("unit, ticks", [("s", 1), ("ms", 1_000), ("ns", 1_000_000_000)])
+def test_dates_as_text_are_times_in_utc(unit, ticks):
+    """Among them numbers; what is neither is a bad row."""
+    times = {
+        "2018-09-20": 1537401600,
+        "2018-07-07 22:09:11": 1531001351,
+        "2020-01-01T00:00:01Z": 1577836801,
+        "2020-01-01T01:00:00.000+01:00": 1577836800,
+        " 2020-01-01 00:00 ": 1577836800,
+        str(1577836800 * ticks): 1577836800,
+    }
+    rows = pl.DataFrame({"user_id": ["u"] * len(times), "item_id": ["a"] * len(times), "timestamp": list(times)})
+    rows = rows.with_row_index(ROW, 1)
+    found = check_interactions([rows], "t.csv", skipped=None, unit=unit)
+    assert found["timestamp"].to_list() == [second * ticks for second in times.values()]
+    for wrong in ("2018-13-01", "20/09/2018", "soon", "1.5"):
+        with pytest.raises(UserError, match=f"row 2 has a timestamp that is no whole number and no date .*{wrong}"):
+            check_interactions([frame(timestamp=["2018-09-20", wrong])], "t.csv", skipped=None, unit=unit)
+
+
+@pytest.mark.parametrize("highest, told", [("5", False), ("10", True)])
+def test_ratings_on_another_scale_are_told(caplog, highest, told):
+    check_interactions([frame(rating=["1", highest])], "t.csv", skipped=None)
+    assert ("train with --use_ratings false" in caplog.text) is told

@@ -62,7 +62,7 @@ HEADER = "user_id,item_id,rating,timestamp\n"
     [
         ("u,i,5,-1", r"row 2 has a negative timestamp \('-1'\)"),
         ("u,i,5,", "row 2 has a timestamp that is no whole number"),
-        ("u,i,5,1.5", r"row 2 has a timestamp that is no whole number \('1.5'\)"),
+        ("u,i,5,1.5", r"row 2 has a timestamp that is no whole number and no date \('1.5'\)"),
         ("u,i,5,soon", "row 2 has a timestamp that is no whole number"),
         ("u,i,5,1588687728923", "row 2 has a timestamp after the year 5000 .is --timestamp_unit right"),
         ("u,i,five,1", r"row 2 has a rating that is no number \('five'\)"),
@@ -118,3 +118,31 @@ def test_a_json_list_of_rows_is_told(tmp_path, indent):
 def test_words_for_nothing_are_no_title(tmp_path, word):
     (tmp_path / "i.csv").write_text(f"item_id,title\n1,{word}\n2,Two\n")
     assert import_items(tmp_path / "i.csv", "item_id", "title")["title"].to_list() == [None, "Two"]
+
+
+LOG = '{"reviewerID": "u", "asin": "a", "unixReviewTime": 5}\n{"reviewerID": "v", "asin": "b", "unixReviewTime": 7}\n'
+
+
+def test_keys_that_a_json_file_has_are_named(tmp_path):
+    (tmp_path / "t.jsonl").write_text(LOG)
+    with pytest.raises(
+        UserError, match=r"no column 'user_id' \(for user_id\); it has reviewerID, asin, unixReviewTime"
+    ):
+        import_table(tmp_path / "t.jsonl")
+    for name, line, absent in (("title", '{"asin": "a", "name": "Ant"}', "title"), ("x", '{"title": "Ant"}', "asin")):
+        (tmp_path / "i.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=f"i.jsonl has no column '{absent}'; it has"):
+            import_items(tmp_path / "i.jsonl", "asin", "title")
+    (tmp_path / "i.jsonl").write_text('{"artist": "Ant", "item_id": 7}\n')
+    assert import_items(tmp_path / "i.jsonl", "artist", "artist").rows(named=True) == [
+        {"item_id": "Ant", "title": "Ant"}
+    ]
+
+
+@pytest.mark.parametrize("ending", ["ndjson", "tab", "jsonl.parquet", "tsv.csv", "JSONL"])
+def test_items_are_told_apart_by_the_same_endings_as_interactions(tmp_path, ending):
+    path, frame = tmp_path / f"items.{ending}", pl.DataFrame({"item_id": ["a", "b"], "title": ["Ant", "Bee"]})
+    writers = {"tab": lambda: frame.write_csv(path, separator="\t"), "tsv.csv": lambda: frame.write_csv(path)}
+    writers |= {"jsonl.parquet": lambda: frame.write_parquet(path)}
+    writers.get(ending, lambda: frame.write_ndjson(path))()
+    assert import_items(path, "item_id", "title").rows() == [("a", "Ant"), ("b", "Bee")]
