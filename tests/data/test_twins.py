@@ -91,7 +91,7 @@ SCHEMA = {"a": pl.String, "b": pl.String, "l": pl.List(pl.String)}
 def reading(module, block, fast=True):
     """A reader that finds this block in every file; without its fast path if so asked."""
     saved = module.blocks, module._fast
-    module.blocks = lambda path: iter([(1, block)] if block else [])
+    module.blocks = lambda path, size=0: iter([(1, block)] if block else [])
     module._fast = saved[1] if fast else lambda *arguments: None
     try:
         yield
