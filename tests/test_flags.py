@@ -476,8 +476,6 @@ def test_reasoning_audit_recipe(launch, written, shop, shop_folder, tmp_path, ca
         launch(
             "evaluate", *words, "--audit", "true", "--beside", tmp_path / "plain", "--max_eval_users", 3, out=tmp_path
         )
-    with pytest.raises(UserError, match="is of a training run; give another --output_dir"):
-        launch("evaluate", *words, "--reasoning", "none", out=written.parent)
     with pytest.raises(UserError, match="--beside is shown in the audit"):
         launch("evaluate", *words, "--beside", tmp_path / "plain", out=tmp_path)
 
@@ -548,6 +546,8 @@ def test_report_recipe(launch, warm, shop, shop_folder, tmp_path):
     launch("report", "--run", warm, "--dataset", shop_folder)
     assert "first:5" in report.read_text()
     launch("report", "--run", warm, "--dataset", shop_folder, "--audit", tmp_path / "a.json")
+    with pytest.raises(UserError, match="is of a training run; give another --output_dir"):
+        launch("evaluate", "--bundle", warm / "bundle", "--dataset", shop_folder, out=warm)
     assert "first:3" in report.read_text() and "0.1250" in report.read_text()
     with pytest.raises(UserError, match="test rows of demo cannot be compared"):
         launch("report", "--run", warm, "--dataset", "demo")
