@@ -3,6 +3,7 @@
 import functools
 import types
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -81,7 +82,9 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
     def forward(self, *args, fused_lm_head=False, answer_state_only=False, prompt_lengths=None, start=None, **kwargs):
         if not fused_lm_head and not answer_state_only:
             return inner_forward(*args, **kwargs)
-        with fast_linear(self.get_input_embeddings().weight):
+        # layers recomputed in the backward pass, out of here, must meet the linear of the forward pass again
+        recomputed = self.training and is_checkpointing(self) and torch.is_grad_enabled()
+        with nullcontext() if recomputed else fast_linear(self.get_input_embeddings().weight):
             if start is not None:  # padding on the right is not seen: no mask
                 hidden = self.base_model(input_ids=kwargs["input_ids"], use_cache=True, **{cache_name(self): start})
                 return AnswerStateOutput(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.training.checkpoints import CheckpointKeeper
 from r2ec_trl.training.faults import RunGuard, SaveOnTerminate
@@ -36,6 +38,8 @@ class GuardedTraining(_Base):
     - `_prepare_inputs`: the guard keeps the micro-batch, as evidence.
     - `_get_grad_norm`: a gradient that is no number ends the run before it reaches the weights.
     - `_save_checkpoint`: the [`~r2ec_trl.training.checkpoints.CheckpointKeeper`] makes it whole.
+    - `_load_from_checkpoint`: the trained adapter is read too where a reference lies beside it, and keeps its dtype
+      (PEFT makes float32 of QLoRA's bfloat16).
     """
 
     table: ItemTable
@@ -113,3 +117,14 @@ class GuardedTraining(_Base):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with self.keeper.saving(folder, self.state):
             super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        dtypes = {name: weight.dtype for name, weight in self.model.named_parameters() if weight.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        adapters = getattr(self.model, "peft_config", ())
+        if len(adapters) > 1 and "default" in adapters and (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+            self.model.load_adapter(str(folder), "default", is_trainable=True)  # transformers reads subfolders alone
+        for name, dtype in dtypes.items():
+            weight = self.model.get_parameter(name)
+            weight.data = weight.data.to(dtype)

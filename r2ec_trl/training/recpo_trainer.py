@@ -60,6 +60,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
     - `train`: out of memory and hung or lost processes stop the run with one sentence on every process; a resumed run
       sees the users that it would have seen.
     - `_save_checkpoint`: checkpoints are whole or not there, and hold the item table.
+    - `_load_from_checkpoint`: the trained adapter goes on where TRL laid a reference beside it, in the dtype it had.
     - `evaluate`: TRL's samples G rollouts and averages batches; ours reasons greedily and ranks the whole catalogue.
 
     Rollouts go through TRL's public `rollout_func` ([`~RecPOTrainer.roll_out`]), figures through callbacks.

@@ -69,3 +69,17 @@ def test_what_it_does_not_serve_is_pytorchs(on, monkeypatch, why):
         monkeypatch.setattr(linear, "pays", lambda matrix: torch.backends.mkldnn.enabled)
     with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
         assert torch.equal(linear.linear(x, weight), F.linear(x, weight))
+
+
+def test_checkpointed_layers_are_recomputed_as_they_were(on, tiny_model):
+    """The backward pass runs them again, out of the mode: the states' gradient is that of the model without."""
+    results = []
+    for checkpointing in (True, False):
+        model = tiny_model("llama").train()
+        add_answer_state(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        encode_states(model, SENTENCES, 0).square().sum().backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    for checkpointed, plain in zip(*results, strict=True):
+        assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-4)
