@@ -129,6 +129,10 @@ class ItemTable:
             states = self.project(encoder([self.token_ids[row] for row in indices])).to(self.device)
             self.put(indices, states)
 
+    def clear(self) -> None:
+        """Forget the rows: the next [`~ItemTable.refresh`] encodes all of them."""
+        self._rows = None
+
     def take(self, indices: Sequence[int]) -> torch.Tensor:
         """A copy of some rows, `(n, d)`."""
         return self.rows[torch.as_tensor(indices, device=self.device)]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LATEST = "latest"
 MAX_TABLE_BYTES = 2**30  # a larger table is encoded anew when a run resumes
+BEST = ("best_model_checkpoint", "best_metric", "best_global_step")
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
 _ANOTHER = f"give another checkpoint, or '{LATEST}' for the newest whole one."
 _STATE_NEEDED = ("global_step", "epoch")
@@ -41,13 +43,17 @@ _STATE_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def write_manifest(folder: Path) -> None:
-    """Say that a checkpoint is whole: every file with its size and SHA-256, written beside and renamed."""
+    """
+    Say that a checkpoint is whole: every file with its size and SHA-256, written beside and renamed. Its number is one
+    more than that of any other of the run: a run that went back to an earlier step, or was copied, keeps its order.
+    """
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     }
-    write_json(folder / MANIFEST, {"files": files})
+    numbers = [number for number, _ in map(_age, checkpoints(folder.parent)) if number < math.inf]
+    write_json(folder / MANIFEST, {"files": files, "number": 1 + max(numbers, default=0)})
 
 
 def _sha256(path: Path) -> str:
@@ -108,9 +114,9 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The `checkpoint-N` folders of a run, whole or not, oldest first."""
+    """The `checkpoint-N` folders of a run in the order in which they were written, those without a manifest last."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=_step_of)
+    return sorted((path for path in found if path.is_dir()), key=_age)
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -189,13 +195,17 @@ class CheckpointKeeper(TrainerCallback):
         if [path for pattern in PICKLED_WEIGHTS for path in folder.glob(pattern)]:
             raise UserError(f"{folder} holds pickled weights (.bin), which can run code; {_ANOTHER}")
         state = read_state(folder)
-        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else folder
-        if best.exists() and best.resolve().parent != folder.resolve().parent:
-            raise UserError(f"{folder} names a best checkpoint outside of its run, {best}; {_ANOTHER}")
+        if state.best_model_checkpoint is not None:
+            best = folder.parent / Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(best)
+            if best not in checkpoints(folder.parent):
+                logger.warning("The best checkpoint so far, %s, is not there: the best is looked for anew.", best)
+                state.best_model_checkpoint = state.best_metric = state.best_global_step = None
         self._epochs_done = int(state.epoch + 1e-9)
         try:
             self.table.load(folder)
         except UserError as error:
+            self.table.clear()  # an evaluation of the start may have filled it
             logger.warning("The item table is encoded anew: %s", error)
         if self.args.device.type == "cpu":  # of several processes it is "cpu:0", a place torch.load does not know
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
@@ -233,7 +243,12 @@ class CheckpointKeeper(TrainerCallback):
         return folder
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        """TRL's sampler shuffles each epoch anew from one generator: a resumed run draws what was drawn before."""
+        """
+        TRL's sampler shuffles each epoch anew from one generator: a resumed run draws what was drawn before. Of the
+        best checkpoint it knows what [`resume_from`] found, nothing outside of the run.
+        """
+        for name in BEST if self.resumed is not None else ():
+            setattr(state, name, getattr(self.resumed, name))
         batches: Any = getattr(train_dataloader, "batch_sampler", None)
         while hasattr(batches, "batch_sampler"):  # accelerate's shard of it
             batches = batches.batch_sampler
@@ -243,6 +258,13 @@ class CheckpointKeeper(TrainerCallback):
             for _ in range(self._epochs_done):
                 torch.randperm(sampler.num_samples, generator=generator)
         self._epochs_done = 0
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
+        """A new best is saved at once: `save_steps` may be a multiple of `eval_steps`, and then it would be gone."""
+        name, best = f"eval_{args.metric_for_best_model}".replace("eval_eval_", "eval_"), state.best_metric
+        if args.load_best_model_at_end and name in metrics:
+            better = operator.gt if args.greater_is_better else operator.lt
+            control.should_save |= best is None or better(metrics[name], best)
 
     # -------------------------------------------------------------------- save
     @contextmanager
@@ -295,5 +317,10 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.rsplit("-", 1)[1])
+def _age(folder: Path) -> tuple[float, int]:
+    """Number of a checkpoint's manifest (0 in those of version 0.1, infinity without a manifest), and its step."""
+    try:
+        number: float = int(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("number", 0))
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
+        number = math.inf
+    return number, int(folder.name.rsplit("-", 1)[1])

@@ -8,7 +8,7 @@ import shutil
 import kill_resume
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.training.checkpoints import (
@@ -113,7 +113,18 @@ def test_the_limit_deletes_neither_the_best_nor_the_newest_whole_one(fake_run):
     assert [path.name for path in checkpoints(run)] == ["checkpoint-20"]
 
 
-def test_the_best_checkpoint_stays_while_training_and_is_loaded_at_the_end(make_trainer, shop, tmp_path, monkeypatch):
+def test_a_run_that_went_back_goes_on_from_what_it_wrote_last(fake_run, tmp_path):
+    """Resumed from 200 and saved at 212: the 300 of before is the older one, in a copy too, and the new one stays."""
+    run = shutil.copytree(fake_run({200: True, 300: True, 212: True}), tmp_path / "copy")
+    assert latest_checkpoint(run) == run / "checkpoint-212"
+    remove_old_checkpoints(run, 2, best=str(run / "checkpoint-200"))
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-200", "checkpoint-212"]
+
+
+@pytest.mark.parametrize("save_steps", [1, 5])  # at each evaluation, and at the last one: the best is saved all the same
+def test_the_best_checkpoint_stays_while_training_and_is_loaded_at_the_end(
+    make_trainer, shop, tmp_path, monkeypatch, save_steps
+):
     figures = iter([0.1, 0.9, 0.2, 0.3, 0.4])
 
     def evaluate(self, *args, **kwargs):
@@ -122,7 +133,7 @@ def test_the_best_checkpoint_stays_while_training_and_is_loaded_at_the_end(make_
         return metrics
 
     monkeypatch.setattr("r2ec_trl.training.greedy_evaluation.GreedyEvaluation.evaluate", evaluate)
-    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 5}
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": save_steps, "max_steps": 5}
     trainer, _ = train(
         make_trainer, shop, tmp_path / "run", save_total_limit=2, load_best_model_at_end=True, **evaluating
     )
@@ -344,14 +355,49 @@ def test_a_state_that_is_no_object_is_one_sentence(keeper, text):
         taker.resume_from(str(copy))
 
 
-def test_pickled_weights_and_paths_outside_are_refused(keeper, tmp_path):
+def test_pickled_weights_are_refused(keeper):
     taker, copy = keeper(lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"))
     with pytest.raises(UserError, match="holds pickled weights"):
         taker.resume_from(str(copy))
-    (tmp_path / "elsewhere").mkdir()
-    taker, copy = keeper(write_state(best_model_checkpoint=str(tmp_path / "elsewhere")))
-    with pytest.raises(UserError, match="names a best checkpoint outside of its run"):
+
+
+def resumed_best(keeper, caplog, **best):
+    """What a run knows of its best checkpoint when it goes on, and what it says."""
+    taker, copy = keeper(write_state(**best))
+    with caplog.at_level(logging.WARNING):
         taker.resume_from(str(copy))
+    state = TrainerState(**best)
+    taker.on_train_begin(None, state, None)
+    return (state.best_model_checkpoint, state.best_metric, state.best_global_step), copy, caplog.text
+
+
+@pytest.mark.parametrize("name", ["checkpoint-9", "..", "elsewhere"])
+def test_a_best_checkpoint_outside_of_the_run_stays_outside(keeper, caplog, tmp_path, name):
+    """A run that goes on in another folder is not refused; weights of elsewhere are not read."""
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    best = {"best_model_checkpoint": f"{tmp_path}/{name}", "best_metric": 0.5, "best_global_step": 9}
+    found, _, said = resumed_best(keeper, caplog, **best)
+    assert found == (None, None, None) and "the best is looked for anew" in said
+
+
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(keeper, caplog):
+    best = {"best_model_checkpoint": "/of/before/checkpoint-1", "best_metric": 0.5, "best_global_step": 1}
+    found, copy, said = resumed_best(keeper, caplog, **best)
+    assert found == (str(copy), 0.5, 1) and "looked for anew" not in said
+
+
+def test_a_table_that_cannot_be_read_back_is_emptied(keeper):
+    """The evaluation of the start filled it with rows of other weights."""
+
+    def change(folder):
+        (folder / "item_table.json").unlink()
+        write_manifest(folder)
+
+    taker, copy = keeper(change)
+    taker.table.refresh(lambda sequences: torch.ones(len(sequences), 4))
+    taker.resume_from(str(copy))
+    assert taker.table.is_empty
 
 
 def test_a_manifest_of_sizes_alone_still_counts(saved, tmp_path):
