@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from r2ec_trl.bundle.format import check_output
 from r2ec_trl.cli.dataset_choice import DataArguments
@@ -59,8 +61,11 @@ class RunArguments(DataArguments):
         share_ends(self.user_share)
 
 
-class TimeLimitCallback(TrainerCallback):
-    """Ends training at the first step after `seconds`, evaluation and saving included."""
+class TimeLimitCallback(TrainerCallback, ExportableState):
+    """
+    Ends training at the first step after `seconds`, evaluation and saving included: on all processes together, when
+    the first of them finds that the time is up. Saved with checkpoints, so that more seconds go on with such a run.
+    """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -69,7 +74,11 @@ class TimeLimitCallback(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= time.perf_counter() - self.start > self.seconds
+        control.should_training_stop |= any(gather_object([time.perf_counter() - self.start > self.seconds]))
+
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into `trainer_state.json`."""
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
 
 
 @contextmanager

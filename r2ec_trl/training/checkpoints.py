@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import write_json
@@ -172,10 +173,12 @@ class CheckpointKeeper(TrainerCallback):
             Waits for the other processes.
         args ([`~transformers.TrainingArguments`]):
             `output_dir`, `save_total_limit` and which process saves.
+        handler ([`~transformers.trainer_callback.CallbackHandler`]):
+            Knows the other callbacks: early stopping's counter goes on with the run.
     """
 
-    def __init__(self, table: ItemTable, accelerator: Any, args: Any):
-        self.table, self.accelerator, self.args = table, accelerator, args
+    def __init__(self, table: ItemTable, accelerator: Any, args: Any, handler: CallbackHandler):
+        self.table, self.accelerator, self.args, self.handler = table, accelerator, args, handler
         self.resumed: TrainerState | None = None
         self._epochs_done = 0
 
@@ -217,14 +220,22 @@ class CheckpointKeeper(TrainerCallback):
 
     def is_finished(self, max_steps: int) -> bool:
         """
-        Whether the run that was resumed had come to its end: all steps taken, or stopped early under the same limit.
+        Whether the run that was resumed had come to its end: all steps taken, or stopped early under the same limits.
         """
         state = self.resumed
         if state is None or state.global_step >= max_steps:
             return state is not None
-        control = state.stateful_callbacks.get("TrainerControl") if state.stateful_callbacks else None
+        saved: Any = dict(state.stateful_callbacks or {})
+        control = saved.pop("TrainerControl", None)
         stopped = isinstance(control, dict) and control.get("args", {}).get("should_training_stop", False)
-        return bool(stopped) and state.max_steps == max_steps
+        limits = {name: entry.get("args") if isinstance(entry, dict) else None for name, entry in saved.items()}
+        same = limits == {name: callback.state()["args"] for name, callback in self._counting().items()}
+        return bool(stopped) and state.max_steps == max_steps and same
+
+    def _counting(self) -> dict[str, Any]:
+        """Callbacks that transformers saves with a checkpoint, by name."""
+        found = [callback for callback in self.handler.callbacks if isinstance(callback, ExportableState)]
+        return {type(callback).__name__: callback for callback in found}
 
     def _choose(self, wanted: str | bool | None) -> Path | None:
         if not wanted:
@@ -245,8 +256,15 @@ class CheckpointKeeper(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         """
         TRL's sampler shuffles each epoch anew from one generator: a resumed run draws what was drawn before. Of the
-        best checkpoint it knows what [`resume_from`] found, nothing outside of the run.
+        best checkpoint it knows what [`resume_from`] found, nothing outside of the run; early stopping counts on.
         """
+        saved: Any = state.stateful_callbacks
+        state.stateful_callbacks = {"TrainerControl": control.state()}
+        for name, callback in self._counting().items():
+            counted = saved[name].get("attributes", {}) if isinstance(saved.get(name), dict) else {}
+            for attribute in callback.state()["attributes"].keys() & counted.keys():
+                setattr(callback, attribute, counted[attribute])
+            state.stateful_callbacks[name] = callback.state()  # transformers saves only what is named here
         for name in BEST if self.resumed is not None else ():
             setattr(state, name, getattr(self.resumed, name))
         batches: Any = getattr(train_dataloader, "batch_sampler", None)

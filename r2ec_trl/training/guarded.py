@@ -51,7 +51,7 @@ class GuardedTraining(_Base):
         """Make the objects that a run needs; call it at the end of `__init__`."""
         self.telemetry = telemetry
         self.guard = RunGuard(telemetry, self.args, self.processing_class)
-        self.keeper = CheckpointKeeper(self.table, self.accelerator, self.args)
+        self.keeper = CheckpointKeeper(self.table, self.accelerator, self.args, self.callback_handler)
         self.add_callback(telemetry)
         self.add_callback(self.keeper)
 

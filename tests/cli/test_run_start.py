@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerControl
 
 from r2ec_trl.bundle.bundle import Bundle
-from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_train
+from r2ec_trl.cli.run_start import RunArguments, TimeLimitCallback, callbacks_of, rows_to_train
 from r2ec_trl.errors import UserError
 
 
@@ -79,6 +79,16 @@ def test_patience_counts_evaluations():
     ]
     assert found.early_stopping_patience == 3
     assert not [one for one in callbacks_of(RunArguments()) if isinstance(one, EarlyStoppingCallback)]
+
+
+def test_processes_agree_that_the_time_is_up(monkeypatch):
+    """Another one found it first: this one stops at the same step."""
+    for others, stops in ([True], True), ([False], False):
+        monkeypatch.setattr("r2ec_trl.cli.run_start.gather_object", lambda own, others=others: [*own, *others])
+        control, clock = TrainerControl(), TimeLimitCallback(1e6)
+        clock.on_train_begin(None, None, control)
+        clock.on_step_end(None, None, control)
+        assert control.should_training_stop is stops
 
 
 def test_users_are_shared_out(shop):

@@ -4,12 +4,14 @@ import json
 import logging
 import random
 import shutil
+from types import SimpleNamespace
 
 import kill_resume
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
+from r2ec_trl.cli.run_start import TimeLimitCallback
 from r2ec_trl.errors import UserError
 from r2ec_trl.training.checkpoints import (
     MANIFEST,
@@ -121,11 +123,9 @@ def test_a_run_that_went_back_goes_on_from_what_it_wrote_last(fake_run, tmp_path
     assert [path.name for path in checkpoints(run)] == ["checkpoint-200", "checkpoint-212"]
 
 
-@pytest.mark.parametrize("save_steps", [1, 5])  # at each evaluation, and at the last one: the best is saved all the same
-def test_the_best_checkpoint_stays_while_training_and_is_loaded_at_the_end(
-    make_trainer, shop, tmp_path, monkeypatch, save_steps
-):
-    figures = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+def replay_figures(monkeypatch, figures):
+    """Each evaluation finds the next of them."""
+    figures = iter(figures)
 
     def evaluate(self, *args, **kwargs):
         metrics = {"eval_recommendation/ndcg@10": next(figures)}
@@ -133,6 +133,13 @@ def test_the_best_checkpoint_stays_while_training_and_is_loaded_at_the_end(
         return metrics
 
     monkeypatch.setattr("r2ec_trl.training.greedy_evaluation.GreedyEvaluation.evaluate", evaluate)
+
+
+@pytest.mark.parametrize("save_steps", [1, 5])  # at each evaluation, and at the last one: the best is saved all the same
+def test_the_best_checkpoint_stays_while_training_and_is_loaded_at_the_end(
+    make_trainer, shop, tmp_path, monkeypatch, save_steps
+):
+    replay_figures(monkeypatch, [0.1, 0.9, 0.2, 0.3, 0.4])
     evaluating = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": save_steps, "max_steps": 5}
     trainer, _ = train(
         make_trainer, shop, tmp_path / "run", save_total_limit=2, load_best_model_at_end=True, **evaluating
@@ -238,6 +245,19 @@ def test_a_run_that_was_stopped_early_is_finished_and_its_best_weights_are_loade
     assert all(torch.equal(value, ends[0][2][name]) for name, value in ends[1][2].items())
     latest = torch.load(tmp_path / "run" / "checkpoint-3" / "optimizer.pt", weights_only=True)
     assert latest["state"]  # there was something to go on with
+
+
+@pytest.mark.parametrize(("before", "end"), [([3], 4), ([], 5)], ids=["as before", "new"])
+def test_patience_is_not_forgotten_when_a_run_goes_on(make_trainer, shop, tmp_path, monkeypatch, before, end):
+    """Nothing gets better: patience 3 is used up by evaluations 2 to 4, or 3 to 5 where it came with the resume."""
+    replay_figures(monkeypatch, [0.5] * 9)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    for steps, resume, patience in ((2, None, before), (9, "latest", [3])):
+        args = {**RUN, **settings, "max_steps": steps, "output_dir": str(tmp_path / "run")}
+        callbacks = [EarlyStoppingCallback(count) for count in patience]
+        trainer = make_trainer(train=shop["train"].select(range(6)), callbacks=callbacks, **args)
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == end
 
 
 # --------------------------------------------------------------------------------------------------------- damage
@@ -367,7 +387,7 @@ def resumed_best(keeper, caplog, **best):
     with caplog.at_level(logging.WARNING):
         taker.resume_from(str(copy))
     state = TrainerState(**best)
-    taker.on_train_begin(None, state, None)
+    taker.on_train_begin(None, state, TrainerControl())
     return (state.best_model_checkpoint, state.best_metric, state.best_global_step), copy, caplog.text
 
 
@@ -385,6 +405,19 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(keeper, caplog):
     best = {"best_model_checkpoint": "/of/before/checkpoint-1", "best_metric": 0.5, "best_global_step": 1}
     found, copy, said = resumed_best(keeper, caplog, **best)
     assert found == (str(copy), 0.5, 1) and "looked for anew" not in said
+
+
+@pytest.mark.parametrize("limit", [EarlyStoppingCallback, TimeLimitCallback])
+def test_a_run_that_a_limit_ended_is_finished_under_the_same_limit_alone(keeper, limit):
+    control = {"args": {"should_training_stop": True}, "attributes": {}}
+    callbacks = {"TrainerControl": control, limit.__name__: limit(2).state()}
+    taker, copy = keeper(write_state(max_steps=5, stateful_callbacks=callbacks))
+    taker.resume_from(str(copy))
+    finished = []
+    for limits in ([limit(2)], [limit(3)], []):
+        taker.handler = SimpleNamespace(callbacks=limits)
+        finished.append(taker.is_finished(5))
+    assert finished == [True, False, False]
 
 
 def test_a_table_that_cannot_be_read_back_is_emptied(keeper):
