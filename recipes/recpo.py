@@ -58,6 +58,7 @@ def main() -> None:
         dataset, card = load_dataset(run_args.dataset, args.output_dir)
         args.category = args.category or card["category"]
         if args.process_index == 0:
+            dataset["train"] = rows_to_train(run_args, args, dataset)
             get_console().print(make_plan(args, policy_args, dataset).render())
         return
     with started(run_args, args, policy_args):

@@ -191,8 +191,7 @@ def _workload(args: RecPOConfig, prompts: Prompts, dataset: DatasetDict) -> Work
 def _precision(args: RecPOConfig, policy: PolicyArguments, config: Any, device_bytes: float | None) -> Precision:
     dtype = getattr(config, "dtype", None) if policy.dtype == "auto" else getattr(torch, policy.dtype or "float32")
     quantised = "nf4_double" if policy.use_bnb_nested_quant else "nf4"
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    stage = deepspeed.config["zero_optimization"]["stage"] if deepspeed is not None else 0
+    deepspeed = args.deepspeed_plugin  # of `--deepspeed` and of the launcher
     colocated = args.use_vllm and args.vllm_mode == "colocate" and device_bytes is not None
     return Precision(
         weight_bytes=4 if dtype in (None, torch.float32) else 2,
@@ -201,7 +200,7 @@ def _precision(args: RecPOConfig, policy: PolicyArguments, config: Any, device_b
         checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         processes=args.world_size,
-        zero_stage=stage,
+        zero_stage=0 if deepspeed is None else deepspeed.zero_stage,
         vllm_bytes=args.vllm_gpu_memory_utilization * (device_bytes or 0.0) if colocated else 0.0,
     )
 

@@ -55,7 +55,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
     - `_compute_loss`: adds the item term (M6, M7), which weighs an item like one more token; it reads the answer
       states of TRL's own forward.
     - `_prepare_inputs`: TRL's shuffle keeps the rollouts of a user together, so that they share a forward; what a
-      micro-batch held is kept as evidence of a loss or gradient that is no number.
+      micro-batch held is kept as evidence of a loss or gradient that is no number; a resumed run counts on.
     - `_get_grad_norm`: a gradient that is no number stops the run before it reaches the weights.
     - `train`: out of memory and hung or lost processes stop the run with one sentence on every process; a resumed run
       sees the users that it would have seen.
@@ -269,12 +269,21 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
 
     def _prepare_inputs(self, inputs):
         buffered = self._buffered_inputs
+        if buffered is None and self.keeper.resumed is not None:
+            self._count_on()
         micro_batch = super()._prepare_inputs(inputs)
         if self._buffered_inputs is buffered:
             return micro_batch
         self._buffered_inputs = whole_groups(self._buffered_inputs)
         self.guard.micro_batch = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return self.guard.micro_batch
+
+    def _count_on(self) -> None:
+        """TRL counts micro-batches from 0 in a resumed run too, and would then keep rollouts into the next batch."""
+        self._step = round(self.state.epoch * len(self.callback_handler.train_dataloader))
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            step = self.state.global_step
+            logger.warning("Step %d lies within a generation batch: rollouts of its users are drawn anew.", step)
 
     # -------------------------------------------------------------------- loss
     def _compute_loss(self, model, inputs):

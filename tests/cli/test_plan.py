@@ -3,7 +3,9 @@
 import io
 import re
 import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from transformers import (
 )
 
 from r2ec_trl.cli.memory import Precision, Workload, layer_activations, memory_plan, model_shape, optimizer_steps
-from r2ec_trl.cli.plan import ROOM, _memory_problems, installed_versions, make_plan, version_problems
+from r2ec_trl.cli.plan import ROOM, _memory_problems, _precision, installed_versions, make_plan, version_problems
+from r2ec_trl.cli.run_start import RunArguments, rows_to_train
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.training.recpo_config import RecPOConfig
@@ -191,6 +194,14 @@ def test_each_problem_is_one_sentence_with_the_knob(plan_of, words, case):
     assert [sentence for sentence in plan_of(**case).problems if words in sentence]
 
 
+def test_the_launchers_zero_stage_is_counted(tmp_path):
+    """`accelerate launch` with a DeepSpeed config names it in the plugin alone."""
+    args = RecPOConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=8)
+    assert _precision(args, PolicyArguments("x"), None, None).zero_stage == 0
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    assert _precision(args, PolicyArguments("x"), None, None).zero_stage == 3
+
+
 def test_a_model_that_does_not_fit_names_the_largest_phase(plan_of):
     plan = plan_of()
     assert plan.device_bytes is None
@@ -214,13 +225,19 @@ def test_versions_outside_the_tested_ranges_are_named():
     assert installed_versions()["trl"].startswith("1.16")
 
 
-def test_the_recipe_plans_without_loading_the_model(tiny_model_folder, shop_folder, tmp_path, monkeypatch, capsys):
+def test_the_recipe_plans_without_loading_the_model(
+    shop, tiny_model_folder, shop_folder, tmp_path, monkeypatch, capsys
+):
     recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "recpo.py"))
     monkeypatch.setitem(recipe["main"].__globals__, "load_policy", None)
     words = ["--model_name_or_path", str(tiny_model_folder("llama")), "--dataset", str(shop_folder), "--plan", "true"]
     monkeypatch.setattr("sys.argv", ["recpo.py", *words, "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"])
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--user_share", "0:0.5"])
     recipe["main"]()
-    assert "memory of one process" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "memory of one process" in text
+    rows = len(rows_to_train(RunArguments(user_share="0:0.5"), None, shop))
+    assert int(re.search(r"batches an epoch\D+(\d+)", text)[1]) == rows // 12 < 40 // 12  # users a batch
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 

@@ -90,6 +90,17 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(make_trainer, shop, tmp_
     assert torch.equal(resumed.table.rows, whole.table.rows)
 
 
+def test_a_run_that_goes_on_within_a_generation_batch_sees_the_same_users(make_trainer, shop, tmp_path, caplog):
+    """Saved at step 3, the first of the two on its rollouts: the fourth has them drawn anew, the fifth new users."""
+    twice = {"num_iterations": 2, "save_steps": 3, "max_steps": 6}
+    _, users = train(make_trainer, shop, tmp_path / "whole", **twice)
+    _, before = train(make_trainer, shop, tmp_path / "cut", stop_after=4, **twice)
+    with caplog.at_level(logging.WARNING):
+        _, after = train(make_trainer, shop, tmp_path / "cut", resume="latest", **twice)
+    assert list(after) == [4, 5, 6] and {**before, **after} == users and users[5] != users[4]
+    assert "Step 3 lies within a generation batch" in caplog.text
+
+
 def test_latest_skips_a_half_written_checkpoint_with_a_warning(fake_run, caplog):
     run = fake_run({5: True, 10: True, 15: False, 100: False})
     with caplog.at_level(logging.WARNING):
@@ -135,7 +146,7 @@ def replay_figures(monkeypatch, figures):
     monkeypatch.setattr("r2ec_trl.training.greedy_evaluation.GreedyEvaluation.evaluate", evaluate)
 
 
-@pytest.mark.parametrize("save_steps", [1, 5])  # at each evaluation, and at the last one: the best is saved all the same
+@pytest.mark.parametrize("save_steps", [1, 5])  # at each evaluation; at the last one, and at a new best
 def test_the_best_checkpoint_stays_while_training_and_is_loaded_at_the_end(
     make_trainer, shop, tmp_path, monkeypatch, save_steps
 ):
