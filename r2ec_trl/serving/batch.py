@@ -4,17 +4,22 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from r2ec_trl import progress
+from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.bundle.meta import read_json
+from r2ec_trl.data.fingerprint import sha256_of
+from r2ec_trl.data.schema import arrow_batches
 from r2ec_trl.data.sources.delimited import is_index, named_columns, open_parquet
 from r2ec_trl.data.sources.jsonl import refuse_no_text
 from r2ec_trl.errors import UserError
@@ -62,20 +67,18 @@ def recommend_file(
     if part_users < 1:
         raise UserError(f"`part_users` is {part_users}; give 1 at least.")
     state, start, target = Accelerator(), time.monotonic(), Path(folder)
-    plan = _plan(recommender, Path(source), target, part_users, options, state)
+    plan, missing = _plan(recommender, Path(source), target, part_users, options, state)
+    mine = set(missing[state.process_index :: state.num_processes])
     parts = -(-plan["users"] // part_users)
     users = tokens = errors = 0
     progress.report("users", min(plan["users"], _parts_in(target) * part_users), plan["users"])
-    for number, rows in enumerate(_chunks(Path(source), part_users, state)):
-        part = target / PART_FILE.format(number)
-        if rows is None or part.exists():
-            continue
+    for number, rows in _chunks(Path(source), part_users, mine):
         progress.watch(_quiet)  # the users are the progress, not the tokens within a part
         try:
             frame = _answer(recommender, rows, number * part_users, options)
         finally:
             progress.unwatch(_quiet)
-        write_with(part, lambda scratch: frame.write_parquet(scratch))
+        write_with(target / PART_FILE.format(number), lambda scratch: frame.write_parquet(scratch))
         users, errors = users + frame.height, errors + frame["error"].count()
         tokens += int(frame["reasoning_tokens"].sum())
         progress.report("users", min(plan["users"], _parts_in(target) * part_users), plan["users"])
@@ -101,27 +104,29 @@ def recommend_file(
 
 def _plan(
     recommender: Recommender, source: Path, folder: Path, part_users: int, options: Mapping[str, Any], state: Any
-) -> dict[str, Any]:
-    """What decides the answers: written at the first start, compared at the next ones."""
+) -> tuple[dict[str, Any], list[int]]:
+    """What decides the answers, written at the first start and compared at the next ones; the parts still to make."""
     found: list[Any] = [None]
     if state.is_main_process:
         try:  # the others wait for what becomes of it
-            found = [_checked_plan(recommender, source, folder, part_users, options)]
+            plan = _checked_plan(recommender, source, folder, part_users, options)
+            parts = range(-(-plan["users"] // part_users))
+            found = [(plan, [number for number in parts if not (folder / PART_FILE.format(number)).exists()])]
         except UserError as error:
             found = [error]
-    [plan] = broadcast_object_list(found)
-    if isinstance(plan, UserError):
-        raise plan
-    return plan
+    [result] = broadcast_object_list(found)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def _checked_plan(
     recommender: Recommender, source: Path, folder: Path, part_users: int, options: Mapping[str, Any]
 ) -> dict[str, Any]:
+    recommender.prepare([], **options)  # what is wrong with the options is no error of each user
     users, digest = _measure(source)
-    bundle = recommender.bundle
     plan = {"source": source.name, "sha256": digest, "users": users, "part_users": part_users, "options": options}
-    plan |= {"hashes": bundle.meta.hashes, "engine": "transformers" if recommender.engine is None else "vllm"}
+    plan |= {"hashes": _hashes(recommender.bundle), "engine": "transformers" if recommender.engine is None else "vllm"}
     plan = json.loads(json.dumps(plan, default=list))
     file = folder / PLAN_FILE
     if file.is_file():
@@ -135,6 +140,18 @@ def _checked_plan(
     else:
         write_json(file, plan)
     return plan
+
+
+def _hashes(bundle: Bundle) -> dict[str, Any]:
+    """What tells one recommender from another: the hashes of a bundle, or the same of one that was never saved."""
+    if bundle.meta.hashes:
+        return bundle.meta.hashes
+    weights = xxhash.xxh3_128()
+    for parameter in bundle.model.parameters():  # not the rows, whose last bits depend on the number of processes
+        weights.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    catalogue = sha256_of(arrow_batches(bundle.items))
+    prompts = bundle.prompts.rendered_fingerprint()
+    return {"weights": weights.hexdigest(), "catalogue": catalogue, "prompts": prompts, **bundle.settings()}
 
 
 def _measure(source: Path) -> tuple[int, str]:
@@ -158,8 +175,8 @@ def _is_parquet(source: Path) -> bool:
     return source.suffix in (".parquet", ".pq")
 
 
-def _chunks(source: Path, size: int, state: Any) -> Iterator[list[Any] | None]:
-    """The users of each part that is this process's to answer, as they stand in the file; `None` for other parts."""
+def _chunks(source: Path, size: int, mine: Collection[int]) -> Iterator[tuple[int, list[Any]]]:
+    """The users of each part that is this process's to answer, as they stand in the file, and its number."""
     if _is_parquet(source):
         rows: Iterator[Any] = itertools.chain.from_iterable(
             zip(itertools.repeat(batch), range(batch.num_rows)) for batch in _batches(source, size)
@@ -170,10 +187,8 @@ def _chunks(source: Path, size: int, state: Any) -> Iterator[list[Any] | None]:
         taken = list(itertools.islice(rows, size))
         if not taken:
             return
-        if number % state.num_processes != state.process_index:
-            yield None
-        else:
-            yield [line if batch is None else _row(batch, line) for batch, line in taken]
+        if number in mine:
+            yield number, [line if batch is None else _row(batch, line) for batch, line in taken]
 
 
 def _batches(source: Path, size: int) -> Iterator[pa.RecordBatch]:
@@ -199,9 +214,11 @@ def _answer(recommender: Recommender, rows: list[Any], first: int, options: Mapp
     questions: dict[int, Question] = {}
     for row, user in enumerate(rows, start=first):
         try:
-            questions[row] = recommender.prepare(_user(user), name=row, **options)
+            question = recommender.prepare(_user(user), name=row, **options)
+            recommender.bundle.prompts.user_ids({"user_id": row, **question.user})  # too long is an error of this row
+            questions[row] = question
         except UserError as error:
-            found[row] = str(error)
+            found[row] = str(error).encode("utf-8", "backslashreplace").decode()
     found |= zip(questions, recommender.answer(list(questions.values())), strict=True)
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA}
     for row in range(first, first + len(rows)):

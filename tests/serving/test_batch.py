@@ -1,5 +1,6 @@
 """A file of users: each once, whatever is killed, by any number of processes, in memory that does not grow."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -9,10 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
+import torch
 
+from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.errors import UserError
 from r2ec_trl.serving.batch import recommend_file
 from r2ec_trl.serving.recommender import Recommender
@@ -73,6 +77,52 @@ def test_it_goes_on_where_it_stopped(library, tmp_path, monkeypatch):
     assert recommend_file(*arguments)["answered_now"] == 0
 
 
+def test_only_missing_parts_are_dealt_out(library, tmp_path, monkeypatch):
+    """The second of two processes takes the second part that is missing, whichever number it has."""
+    write_users(tmp_path / "users.jsonl", library.bundle.table.item_ids, 10)
+    arguments = (library, str(tmp_path / "users.jsonl"), str(tmp_path / "out"), 2)
+    recommend_file(*arguments)
+    first, second = (tmp_path / "out" / f"part-00000{number}.parquet" for number in (0, 2))
+    first.unlink(), second.unlink()
+    state = SimpleNamespace(is_main_process=True, num_processes=2, process_index=1, wait_for_everyone=lambda: None)
+    monkeypatch.setattr("r2ec_trl.serving.batch.Accelerator", lambda: state)
+    with pytest.raises(UserError, match="holds 4 of 5 parts"):
+        recommend_file(*arguments)
+    assert second.exists() and not first.exists()
+
+
+@pytest.mark.parametrize("options", [{"where": "prize < 50"}, {"allow": ["nope"]}, {"k": 0}])
+def test_a_mistake_in_an_option_is_one_sentence_and_writes_nothing(library, tmp_path, options):
+    write_users(tmp_path / "users.jsonl", library.bundle.table.item_ids, 4)
+    with pytest.raises(UserError, match="prize|nope|`k` is 0"):
+        recommend_file(library, str(tmp_path / "users.jsonl"), str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recommender_that_was_never_saved_is_told_from_another(make_bundle_folder, tmp_path):
+    """By its weights, its items and its settings; the same one goes on."""
+    folder = make_bundle_folder()
+
+    def unsaved(weight=1.0, brand=None, **protocol):
+        bundle = Bundle.load(folder)
+        with torch.no_grad():
+            next(p for name, p in bundle.model.named_parameters() if "lora_B" in name).mul_(weight)
+        bundle.folder = None  # as `--adapter A --dataset D` makes it: in memory, and without hashes
+        if brand is not None:
+            bundle.update_items([{"item_id": "i00", "brand": brand}])
+        protocol = dataclasses.replace(bundle.meta.protocol, **protocol)
+        bundle.meta = dataclasses.replace(bundle.meta, hashes={}, protocol=protocol)
+        return Recommender(bundle)
+
+    write_users(tmp_path / "users.jsonl", ["i00", "i01", "i02", "i03", "i04", "i05"], 4)
+    arguments = (str(tmp_path / "users.jsonl"), str(tmp_path / "out"), 2)
+    recommend_file(unsaved(), *arguments)
+    assert recommend_file(unsaved(), *arguments)["answered_now"] == 0
+    for other in (unsaved(weight=1.01), unsaved(brand="new"), unsaved(max_completion_length=7)):
+        with pytest.raises(UserError, match="was begun with another hashes"):
+            recommend_file(other, *arguments)
+
+
 def test_another_question_does_not_mix_with_the_first(library, tmp_path):
     source, folder = tmp_path / "users.jsonl", str(tmp_path / "out")
     write_users(source, library.bundle.table.item_ids, 4)
@@ -98,15 +148,19 @@ def test_another_question_does_not_mix_with_the_first(library, tmp_path):
 
 def test_who_cannot_be_answered_is_counted_and_told_why(library, tmp_path):
     good = json.dumps([library.bundle.table.item_ids[0]])
-    lines = [good, '{"history": ["nope"]}', "{", "", "3", '{"history": []}', "\x1b[2J", "[" * 10_000, good]
+    long = json.dumps({"history_titles": ["word " * 5_000]})  # longer than any prompt may be
+    lines = [good, '{"history": ["nope"]}', "{", "", "3", '{"history": []}', "\x1b[2J", "[" * 10_000, good, long]
+    lines += [json.dumps({"user_id": "\ud800", "history": ["i00"]}), good]
     (tmp_path / "users.jsonl").write_text("\n".join(lines))  # no line end after the last one
     (tmp_path / "latin").write_bytes(b'["\xe9"]\n')
     summary = recommend_file(library, str(tmp_path / "users.jsonl"), str(tmp_path / "out"), 4)
-    assert (summary["users"], summary["errors_now"]) == (9, 6)  # no purchases are answered too
+    assert (summary["users"], summary["errors_now"]) == (12, 8)  # no purchases are answered too
     frame = parts(tmp_path / "out")
-    assert frame["error"].is_null().to_list() == [True, *[False] * 4, True, False, False, True]
+    assert frame["error"].is_null().to_list() == [True, *[False] * 4, True, False, False, True, False, False, True]
     assert "User 1 bought 'nope'" in frame["error"][1] and "not JSON" in frame["error"][2]
-    assert frame["item_ids"][0].to_list() == frame["item_ids"][8].to_list()
+    assert "User 9: the instruction and the newest purchase take" in frame["error"][9]
+    assert "User \\ud800: `user_id`" in frame["error"][10]
+    assert frame["item_ids"][0].to_list() == frame["item_ids"][8].to_list() == frame["item_ids"][11].to_list()
     recommend_file(library, str(tmp_path / "latin"), str(tmp_path / "two"), 4)
     assert "not JSON" in parts(tmp_path / "two")["error"][0]
 
