@@ -18,10 +18,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import polars as pl
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -111,11 +113,14 @@ def show(results: Sequence[Recommendation], console: Console) -> None:
 
 def main() -> None:
     args, policy_args = parse((RecommendArguments, PolicyArguments), description=__doc__)
-    accelerator = Accelerator()
+    # who has answered its parts waits for the others
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     start_logging(accelerator.is_main_process, Console(stderr=True))
     users = [] if args.output is not None else users_of(args)
     if not users and args.save_bundle is None and args.output is None:
         raise UserError("No user given; add --history, --history_titles or --input (or --save_bundle FOLDER).")
+    if users and accelerator.num_processes > 1:
+        raise UserError("Users are shared out with --output alone; add --output FOLDER, or launch one process.")
     if args.engine == "vllm" and accelerator.num_processes > 1:
         raise UserError("--engine vllm recommends in one process; launch with `python`, or leave it out.")
     if args.save_bundle is not None:
@@ -127,7 +132,9 @@ def main() -> None:
     else:
         raise UserError("--dataset is decided by the bundle; leave out one of the two.")
     if args.save_bundle is not None:
-        bundle.save(args.save_bundle)
+        if accelerator.is_main_process:
+            bundle.save(args.save_bundle)
+        accelerator.wait_for_everyone()
     recommender = Recommender(bundle, engine_of(args, bundle))
     options = {name: getattr(args, name) for name in ("k", "exclude_history", "reasoning", "where", "allow")}
     options["exclude"] = args.exclude or ()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -509,6 +510,29 @@ def test_what_could_only_fail_at_the_end_is_refused_at_the_start(launch, shop_fo
 def test_recommend_refuses_flags_that_would_do_nothing(launch, words, sentence):
     with pytest.raises(UserError, match=sentence):
         launch("recommend", "--bundle", "nowhere", *words)
+
+
+def test_recommend_of_two_processes(launch, written, tmp_path, capsys):
+    """The bundle is saved by the main process alone, users need --output, and who is done waits for days."""
+    asked = []
+
+    def accelerator(is_main_process, num_processes=2):
+        def make(kwargs_handlers=()):
+            asked.extend(kwargs_handlers)
+            waits = lambda: asked.append("waits")  # noqa: E731
+            return SimpleNamespace(
+                is_main_process=is_main_process, num_processes=num_processes, wait_for_everyone=waits
+            )
+
+        return {"Accelerator": make}
+
+    words = ["--bundle", written, "--save_bundle", tmp_path / "mine"]
+    launch("recommend", *words, patch=accelerator(False))
+    assert not (tmp_path / "mine").exists() and asked[0].timeout.days >= 1 and asked[1:] == ["waits"]
+    launch("recommend", *words, patch=accelerator(True))
+    assert Bundle.load(tmp_path / "mine").items["item_id"][0] == "i00" and asked[-1] == "waits"
+    with pytest.raises(UserError, match="add --output FOLDER"):
+        launch("recommend", "--bundle", written, "--history", "i00", patch=accelerator(True))
 
 
 def test_baselines_recipe(launch, shop, shop_folder, tmp_path):
