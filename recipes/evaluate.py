@@ -214,7 +214,7 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
             result = write_evaluation(places[mode], frame, dataset, card, users, own, alone)
             if args.record and mode in ("full", "none"):
                 name = "after" if mode == bundle.meta.protocol.reasoning else f"reasoning_{mode}"
-                bundle.record_metrics({**bundle.meta.metrics, name: result})
+                bundle.record_metrics({name: result})
     if args.audit and accelerator.is_main_process:
         found = audit_reasoning(frames, seconds, modes.samples, beside, args.seed)
         write_json(Path(args.output_dir) / "reasoning_audit.json", finite({"protocol": facts, "modes": found}))

@@ -26,26 +26,25 @@ from r2ec_trl.bundle.format import (
     check_output,
     check_parts,
     part_hashes,
+    read_bundle,
     read_items,
-    read_parts,
     read_table,
     table_of,
     upload,
     write_catalogue,
     write_model,
 )
-from r2ec_trl.bundle.meta import CATALOGUE_FOLDER, SEAL, BundleMeta, Protocol, read_meta, write_meta
+from r2ec_trl.bundle.meta import CATALOGUE_FOLDER, OF_CATALOGUE, SEAL, BundleMeta, Protocol, read_meta, write_meta
 from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import evaluate_users
 from r2ec_trl.files import build_folder, lock_folder, remove_folder, remove_leftovers, write_text
 from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.policy import loading
 from r2ec_trl.policy.adapters import adapter_parameters
 from r2ec_trl.policy.answer_state import add_answer_state
 from r2ec_trl.policy.generation import generate_reasoning
-from r2ec_trl.policy.loading import DEMO, PolicyArguments, checked_device, dtype_name, load_policy, quantization_of
+from r2ec_trl.policy.loading import DEMO, checked_device, dtype_name, quantization_of
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Reasoner, Rollout
 from r2ec_trl.vllm.engine import generate_reasoning_vllm
@@ -53,7 +52,6 @@ from r2ec_trl.vllm.engine import generate_reasoning_vllm
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 600.0  # seconds: another owner may be encoding many items
-_OF_CATALOGUE = ("catalogue", "item file", "item table", SEAL)  # hashes that a change of the catalogue changes
 
 
 class Bundle:
@@ -142,18 +140,8 @@ class Bundle:
             other prompts or another catalogue: the sentence says which.
         """
         on = checked_device(device)
-        folder, is_local, meta, items, rows, made_with = read_parts(name_or_folder)
-        if not meta.adapter and model_name_or_path is not None:
-            raise UserError(f"The bundle {str(folder)!r} holds full weights; leave `model_name_or_path` out.")
-        args = PolicyArguments(
-            model_name_or_path=(model_name_or_path or meta.base_model) if meta.adapter else str(folder),
-            adapter=str(folder) if meta.adapter else None,
-            dtype=meta.dtype,
-            model_revision=(model_name_or_path is None and meta.base_revision) or "main",
-            attn_implementation=loading.available_attention(meta.attn_implementation),
-            **meta.quantization,
-        )
-        model, tokenizer = load_policy(args, trust_remote_code=trust_remote_code, tokenizer_path=str(folder))
+        parts, model, tokenizer = read_bundle(name_or_folder, model_name_or_path, trust_remote_code)
+        folder, is_local, meta, items, rows, made_with = parts
         if meta.adapter:
             check_hashes({"base model": base_model_hash(model)}, made_with, folder)
             for parameter in adapter_parameters(model):  # which PEFT loads in float32
@@ -217,11 +205,20 @@ class Bundle:
             logger.warning("The bundle is whole, but its card is not: %s", error)
 
     def record_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Keep figures with the bundle, such as `{"before": {...}, "after": {...}}`, and show them on its card."""
+        """
+        Keep figures beside those that the bundle holds, such as `{"before": {...}, "after": {...}}`, and show them on
+        its card; [`UserError`] if another process has changed the catalogue that they are of.
+        """
+        catalogue = self.meta.hashes.get("catalogue")
         with self._changing():
+            if self.meta.hashes.get("catalogue") != catalogue:
+                raise UserError(
+                    f"The catalogue of {str(self.folder)!r} was changed meanwhile, the figures are not its; evaluate "
+                    "again."
+                )
             if self.folder is not None and SEAL not in self.meta.hashes:  # of format 1: its parts get hashes first
                 self._set_catalogue(self.items, self.table.rows, self.prompts)
-            meta = dataclasses.replace(self.meta, metrics=dict(metrics))
+            meta = dataclasses.replace(self.meta, metrics={**self.meta.metrics, **metrics})
             if self.folder is not None:
                 meta = meta.sealed()
                 write_meta(self.folder, meta)
@@ -229,12 +226,13 @@ class Bundle:
             self.meta = meta
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the bundle; a catalogue that it replaced is deleted there. Returns the commit's address."""
+        """Upload the bundle; parts there of the one that it replaces are deleted. Returns the commit's address."""
         if self.folder is None:
             raise UserError(
                 "This bundle lies in no local folder; `save` it first and push what `Bundle.load` returns."
             )
-        return upload(self.folder, repo_id, private, token)
+        with lock_folder(self.folder, LOCK_TIMEOUT) if os.access(self.folder, os.W_OK) else nullcontext():
+            return upload(self.folder, repo_id, private, token)
 
     def evaluate(
         self, dataset: Dataset, reasoning: str | None = None, rollouts: Sequence[Rollout] | None = None
@@ -351,7 +349,7 @@ class Bundle:
             remove_leftovers(self.folder)
             meta = read_meta(self.folder)
             if meta.hashes != self.meta.hashes:
-                if _without_catalogue(meta) != _without_catalogue(self.meta):
+                if meta.without_catalogue() != self.meta.without_catalogue():
                     raise UserError(
                         f"The bundle {str(self.folder)!r} was replaced since it was loaded; load it again."
                     )
@@ -367,7 +365,7 @@ class Bundle:
             return
         recorded = self.meta.hashes
         check_hashes(part_hashes(self.folder, self.meta), recorded, self.folder)
-        made_with = {name: value for name, value in recorded.items() if name not in _OF_CATALOGUE}
+        made_with = {name: value for name, value in recorded.items() if name not in OF_CATALOGUE}
         if SEAL not in recorded:  # of format 1
             made_with |= part_hashes(self.folder, dataclasses.replace(self.meta, hashes={}))
         meta = self._write_changes(self.folder, self.meta, items, rows, made_with)
@@ -381,11 +379,6 @@ class Bundle:
         rows = read_table(file, is_checked=SEAL in meta.hashes)[0].to(self.table.device)
         self.meta, self.items, self.prompts = meta, items, Prompts(self.tokenizer, meta.prompts, items)
         self.table = table_of(self.prompts, items, rows, meta.similarity)
-
-
-def _without_catalogue(meta: BundleMeta) -> BundleMeta:
-    hashes = {name: value for name, value in meta.hashes.items() if name not in _OF_CATALOGUE}
-    return dataclasses.replace(meta, catalogue="", num_items=0, metrics={}, hashes=hashes)
 
 
 def save_bundle(

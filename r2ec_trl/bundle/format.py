@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r2ec_trl.bundle.meta import CATALOGUE_FOLDER, META_FILE, SEAL, BundleMeta, first_line, read_json, read_meta
 from r2ec_trl.data.fingerprint import sha256_of
@@ -26,7 +26,9 @@ from r2ec_trl.data.schema import arrow_batches
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import build_folder, remove_leftovers, write_json
 from r2ec_trl.items.table import ItemTable
+from r2ec_trl.policy import loading
 from r2ec_trl.policy.adapters import is_packed
+from r2ec_trl.policy.loading import PolicyArguments, load_policy
 from r2ec_trl.policy.prompts import Prompts
 
 ITEMS_FILE, TABLE_FILE = "items.parquet", "item_table.safetensors"
@@ -45,6 +47,9 @@ _TOKENIZER_FILES = (
     "merges.txt",
 )
 _MORE_TOKENIZER_FILES = ("vocab.txt", "*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
+_PARTS = [CATALOGUE_FOLDER.format("*/*"), "*.safetensors", "*.index.json", "*.py", "config.json", ADAPTER_CONFIG]
+_PARTS += ["generation_config.json", *_TOKENIZER_FILES, *_MORE_TOKENIZER_FILES]
+_TRIES = 5  # to read a bundle that is being replaced
 _SAMPLED_VALUES = 64  # of each tensor of a base model: its hash should cost nothing
 
 
@@ -112,6 +117,45 @@ def read_parts(name_or_folder: str | os.PathLike) -> Parts:
             found = part_hashes(folder, meta) | {"catalogue": sha256_of(arrow_batches(items))}
             check_hashes(found, made_with, folder)
         return Parts(folder, is_local, meta, items, rows, made_with)
+
+
+def read_bundle(
+    name_or_folder: str | os.PathLike, model_name_or_path: str | None = None, trust_remote_code: bool = False
+) -> tuple[Parts, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Parts, model and tokenizer of one bundle; read again if another process replaces it meanwhile."""
+    for _ in range(_TRIES):
+        parts = read_parts(name_or_folder)
+        try:
+            model, tokenizer = _read_model(parts.folder, parts.meta, model_name_or_path, trust_remote_code)
+        except UserError:
+            if _is_still(parts.folder, parts.meta):
+                raise
+            continue
+        if _is_still(parts.folder, parts.meta):
+            return parts, model, tokenizer
+    raise UserError(f"The bundle {str(name_or_folder)!r} was replaced {_TRIES} times while it was read; try later.")
+
+
+def _is_still(folder: Path, meta: BundleMeta) -> bool:
+    """Whether a folder holds the bundle that was read; its catalogue, read already, may have changed."""
+    try:
+        return read_meta(folder).without_catalogue() == meta.without_catalogue()
+    except UserError:
+        return False  # it is being replaced; if it is gone, the next reading says so
+
+
+def _read_model(folder: Path, meta: BundleMeta, model_name_or_path: str | None, trust_remote_code: bool) -> Any:
+    if not meta.adapter and model_name_or_path is not None:
+        raise UserError(f"The bundle {str(folder)!r} holds full weights; leave `model_name_or_path` out.")
+    args = PolicyArguments(
+        model_name_or_path=(model_name_or_path or meta.base_model) if meta.adapter else str(folder),
+        adapter=str(folder) if meta.adapter else None,
+        dtype=meta.dtype,
+        model_revision=(model_name_or_path is None and meta.base_revision) or "main",
+        attn_implementation=loading.available_attention(meta.attn_implementation),
+        **meta.quantization,
+    )
+    return load_policy(args, trust_remote_code=trust_remote_code, tokenizer_path=str(folder))
 
 
 # -------------------------------------------------------------------------- hashes
@@ -210,14 +254,14 @@ def write_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, me
 
 
 def upload(folder: Path, repo_id: str, private: bool | None, token: str | None) -> str:
-    """Upload a bundle to the hub; a catalogue that it replaced is deleted there. Returns the commit's address."""
+    """Upload a bundle to the hub; parts of another that lies there are deleted. Returns the commit's address."""
     api = HfApi(token=token)
     commit = api.upload_folder(
         repo_id=api.create_repo(repo_id, private=private, exist_ok=True).repo_id,
         folder_path=folder,
         commit_message="Upload recommender",
         ignore_patterns=[".*"],
-        delete_patterns=[CATALOGUE_FOLDER.format("*/*")],
+        delete_patterns=_PARTS,  # but what is uploaded stays
     )
     return str(commit)
 

@@ -24,6 +24,7 @@ META_FILE = "bundle.json"
 FORMAT, OLDEST_FORMAT = 2, 1
 CATALOGUE_FOLDER = "catalogue-{}"  # with eight hex digits, new at every change
 SEAL = "settings"  # the hash over bundle.json itself
+OF_CATALOGUE = ("catalogue", "item file", "item table", SEAL)  # hashes that a change of the catalogue changes
 OLD_NAMES = {"max_new_tokens": "max_completion_length", "token_budget": "forward_token_budget"}
 _MOVABLE = ("base_model", "base_revision")  # where a base lies may change; what it holds has a hash of its own
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -120,6 +121,11 @@ class BundleMeta:
     def sealed(self) -> "BundleMeta":
         """Itself with the seal among its hashes."""
         return dataclasses.replace(self, hashes={**self.hashes, SEAL: self.seal()})
+
+    def without_catalogue(self) -> "BundleMeta":
+        """What of it no change of the catalogue or of the figures changes."""
+        hashes = {name: value for name, value in self.hashes.items() if name not in OF_CATALOGUE}
+        return dataclasses.replace(self, catalogue="", num_items=0, metrics={}, hashes=hashes)
 
 
 def write_meta(folder: Path, meta: BundleMeta) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SHORT
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from r2ec_trl.bundle import bundle as bundle_module
@@ -312,6 +313,7 @@ def test_push_reaches_the_hub_api(own, monkeypatch):
         return RepoUrl(f"https://huggingface.co/someone/{repo_id}")
 
     def upload_folder(self, **kwargs):
+        assert (own / ".lock").exists()  # nobody changes it meanwhile
         calls.append(("upload_folder", sorted(path.name for path in kwargs["folder_path"].iterdir()), kwargs))
         return CommitInfo(
             commit_url="https://huggingface.co/someone/games/commit/abc",
@@ -325,7 +327,10 @@ def test_push_reaches_the_hub_api(own, monkeypatch):
     Bundle.load(own).push_to_hub("games", private=True)
     assert calls[0] == ("create_repo", "games", {"private": True, "exist_ok": True})
     name, files, kwargs = calls[1]
-    assert kwargs["repo_id"] == "someone/games" and kwargs["delete_patterns"] == ["catalogue-*/*"]
+    assert kwargs["repo_id"] == "someone/games"
+    old = ["catalogue-0/items.parquet", "model-1-of-2.safetensors", "model.safetensors.index.json", "config.json"]
+    old += ["vocab.json", "code.py", "additional_chat_templates/x.jinja", "notes.txt"]
+    assert list(filter_repo_objects(old, allow_patterns=kwargs["delete_patterns"])) == old[:-1]
     assert {"README.md", "bundle.json", "adapter_model.safetensors", "tokenizer.json"} <= set(files)
 
 

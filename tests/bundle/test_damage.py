@@ -1,6 +1,7 @@
 """Damaged, crashed and shared bundles: refused or still right, never a wrong answer, nothing reported done is lost."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 from bundle_worker import change, save, step
 from safetensors.torch import load_file, save_file
 
+from r2ec_trl.bundle import format as bundle_format
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.bundle.format import check_output
 from r2ec_trl.bundle.meta import read_meta
@@ -184,6 +186,37 @@ def test_a_loader_meets_a_writer(own):
     stop.set()
     reader.join()
     assert found == sorted(found) and set(found) <= set(range(40, 49)) and found
+
+
+def test_a_loader_meets_a_bundle_that_takes_its_place(own, make_bundle_folder, monkeypatch):
+    """Between its item table and its weights: it is read again, and not for ever."""
+    news, load = [Bundle.load(make_bundle_folder(seed=seed)) for seed in (1, 2)], bundle_format.load_policy
+
+    def replace_with(bundles):
+        def loads(*args, **more):
+            for new in itertools.islice(bundles, 1):
+                new.save(own)
+            return load(*args, **more)
+
+        monkeypatch.setattr(bundle_format, "load_policy", loads)
+
+    replace_with(iter(news[:1]))
+    bundle = Bundle.load(own)
+    assert torch.equal(bundle.table.rows, news[0].table.rows) and bundle.staleness()["max_drift"] < 1e-6
+    replace_with(itertools.cycle(reversed(news)))
+    with pytest.raises(UserError, match="was replaced 5 times while it was read"):
+        Bundle.load(own)
+
+
+def test_figures_are_kept_beside_others_and_with_their_catalogue(own):
+    one, two = Bundle.load(own), Bundle.load(own)
+    one.record_metrics({"full": 1})
+    two.record_metrics({"none": 2})
+    assert Bundle.load(own).meta.metrics == {"full": 1, "none": 2}
+    one.remove_items(["i03"])
+    with pytest.raises(UserError, match="was changed meanwhile, the figures are not its"):
+        two.record_metrics({"none": 3})
+    assert Bundle.load(own).meta.metrics == {"full": 1, "none": 2}
 
 
 def test_a_place_that_is_taken_is_found_out_early(own, tmp_path):

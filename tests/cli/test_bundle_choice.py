@@ -11,7 +11,7 @@ import torch
 from conftest import PROTOCOL
 from transformers import AutoModelForCausalLM
 
-from r2ec_trl.bundle import bundle as bundle_module
+from r2ec_trl.bundle import format as format_module
 from r2ec_trl.bundle.bundle import Bundle, save_bundle
 from r2ec_trl.cli.run_end import finish_run
 from r2ec_trl.data.schema import load_dataset_card
@@ -26,13 +26,13 @@ def test_the_base_is_asked_for_in_the_revision_it_had(own, monkeypatch):
     """A base of the hub may change; one that is named by hand is taken as it is."""
     meta = json.loads((own / "bundle.json").read_text())
     (own / "bundle.json").write_text(json.dumps(meta | {"base_revision": "4f2c"}))
-    asked, load = [], bundle_module.load_policy
+    asked, load = [], format_module.load_policy
 
     def record(args, **kwargs):
         asked.append((args.model_revision, kwargs["trust_remote_code"]))
         return load(args, **kwargs)
 
-    monkeypatch.setattr(bundle_module, "load_policy", record)
+    monkeypatch.setattr(format_module, "load_policy", record)
     Bundle.load(own)
     Bundle.load(own, model_name_or_path=meta["base_model"], trust_remote_code=True)
     assert asked == [("4f2c", False), ("main", True)]

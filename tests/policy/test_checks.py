@@ -213,15 +213,18 @@ def test_code_of_a_model_runs_only_when_it_is_asked_for(folder, tmp_path, shop, 
 
 def test_a_bundle_trusts_no_code_by_default(written, monkeypatch):
     """What `Bundle.load` hands on, and what every recipe's flag says, is False unless it is asked for."""
-    from r2ec_trl.bundle import bundle
+    from r2ec_trl.bundle import format as bundle_format
+    from r2ec_trl.bundle.bundle import Bundle
     from r2ec_trl.cli.bundle_choice import BundleArguments
     from r2ec_trl.training.contrastive_trainer import ContrastiveConfig
 
     asked = []
-    inner = bundle.load_policy
+    inner = bundle_format.load_policy
     monkeypatch.setattr(
-        bundle, "load_policy", lambda *args, **more: asked.append(more["trust_remote_code"]) or inner(*args, **more)
+        bundle_format,
+        "load_policy",
+        lambda *args, **more: asked.append(more["trust_remote_code"]) or inner(*args, **more),
     )
-    bundle.Bundle.load(written)
+    Bundle.load(written)
     assert asked == [False]
     assert not BundleArguments.trust_remote_code and not ContrastiveConfig.trust_remote_code
