@@ -145,8 +145,10 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Users in the queue, those included whose reasoning a writer writes."""
-        return len(self._waiting) + len(self._writing)
+        """Users in the queue, from which who left is dropped, and those whose reasoning a writer writes."""
+        with self._changed:
+            self._waiting = deque(job for job in self._waiting if not job.over())
+            return len(self._waiting) + len(self._writing)
 
     @property
     def alive(self) -> bool:
@@ -172,16 +174,19 @@ class Batcher:
 
         Raises:
             [`Refused`]: when the queue has no room for them, or the server ends.
+            [`UserError`]: when there are more of them than may ever wait.
         """
+        if len(asks) > self.max_queue:
+            raise UserError(f"{len(asks)} users are more than may wait (--max_queue {self.max_queue}); ask for fewer.")
         until = time.monotonic() + deadline
         heard: Sequence[Callable[[str], None] | None] = listeners or [None] * len(asks)
         jobs = [Job(ask, until, listener) for ask, listener in zip(asks, heard, strict=True)]
         with self._changed:
             if not self.alive:
                 raise Refused(503, "The server is shutting down; ask another one.")
-            if self.waiting + len(jobs) > self.max_queue:
-                seconds = max(1, round(self.waiting / self._rate))
-                raise Refused(429, f"{self.waiting} users are waiting; ask again in {seconds} s.", seconds)
+            if (waiting := self.waiting) + len(jobs) > self.max_queue:
+                seconds = max(1, round(waiting / self._rate))
+                raise Refused(429, f"{waiting} users are waiting; ask again in {seconds} s.", seconds)
             self._waiting.extend(jobs)
             self._changed.notify_all()
         return jobs
@@ -245,7 +250,8 @@ class Batcher:
 
     def _writes(self, job: Job) -> bool:
         """Whether a reasoning has to be written for it."""
-        mode = job.ask.get("reasoning") or self.recommender.bundle.meta.protocol.reasoning
+        asked = job.ask.get("reasoning")  # an empty text is a reasoning, too
+        mode = self.recommender.bundle.meta.protocol.reasoning if asked is None else asked
         return mode == "full" and job.rollout is None
 
     def _answer(self, jobs: Sequence[Job]) -> None:

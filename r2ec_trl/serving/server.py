@@ -130,12 +130,12 @@ def _add_answers(app: FastAPI, batcher: Batcher, limits: Limits) -> None:
         pairs = zip(results, jobs)
         answer: dict[str, Any] = {"users": [{**result.to_dict(), "timings": job.timings} for result, job in pairs]}
         meta = batcher.recommender.bundle.meta
-        if (body.reasoning or meta.protocol.reasoning) == "none":
+        if (meta.protocol.reasoning if body.reasoning is None else body.reasoning) == "none":
             answer["price"] = reasoning_price(meta.metrics)
         return JSONResponse(answer)
 
     @app.post("/v1/recommend/stream", response_class=StreamingResponse)
-    async def stream(body: RecommendRequest) -> Any:
+    async def stream(body: RecommendRequest, request: Request) -> Any:
         """
         The same as server-sent events: `reasoning` with each new piece of text, then `items` with the whole answer,
         for every user by number; `error` where one fails.
@@ -151,15 +151,24 @@ def _add_answers(app: FastAPI, batcher: Batcher, limits: Limits) -> None:
         _end_in_time(jobs, limits.deadline)
         for number, job in enumerate(jobs):
             job.future.add_done_callback(partial(tell, "items", number))
+        first: asyncio.Future[Any] = asyncio.ensure_future(events.get())
+        left: asyncio.Future[Any] = asyncio.ensure_future(_left(request))
         try:
-            first = await events.get()
+            await asyncio.wait([first, left], return_when=asyncio.FIRST_COMPLETED)
         except BaseException:
             _leave(jobs)
             raise
-        if first[0] == "items" and (error := first[2].exception()) is not None:
+        finally:
+            first.cancel()  # nothing, if it is done
+            left.cancel()
+        if not first.done():  # the client left
+            _leave(jobs)
+            return Response(status_code=499)
+        kind, _, value = first.result()
+        if kind == "items" and (error := value.exception()) is not None:
             _leave(jobs)  # nothing is sent yet: the status can still say it
             return _failure_of(error)
-        return StreamingResponse(_events(first, events, jobs), media_type="text/event-stream")
+        return StreamingResponse(_events(first.result(), events, jobs), media_type="text/event-stream")
 
 
 async def _events(first: tuple[str, int, Any], events: "asyncio.Queue[Any]", jobs: list[Job]) -> AsyncIterator[str]:

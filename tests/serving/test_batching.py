@@ -3,12 +3,14 @@
 import concurrent.futures
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi", reason='needs `pip install "r2ec_trl[serve]"`')
 from served import Served, batcher_of  # noqa: E402
 
+from r2ec_trl.errors import UserError  # noqa: E402
 from r2ec_trl.serving.batching import Batcher, Refused  # noqa: E402
 from r2ec_trl.serving.recommender import Recommender  # noqa: E402
 
@@ -51,6 +53,35 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(served, library):
         assert blocking.result(10) is True
         assert waiting.result().status_code == 200
     assert served.client.get("/readyz").status_code == 200 and served.ask(ids[:1]).status_code == 200
+
+
+def test_who_left_holds_no_place_in_the_queue(library):
+    """Nor does who waits no longer; more users than ever wait are told the bound."""
+    held, batcher = threading.Event(), Batcher(library, max_queue=2)
+    ask = {"history": library.bundle.table.item_ids[:1], "reasoning": "none"}
+    batcher.call(held.wait)
+    gone = batcher.submit([ask] * 2, 30)
+    with pytest.raises(Refused, match="2 users are waiting"):
+        batcher.submit([ask], 30)
+    for job in gone:
+        job.future.cancel()
+    assert batcher.waiting == 0
+    batcher.submit([ask] * 2, 0.01)
+    time.sleep(0.05)
+    jobs = batcher.submit([ask] * 2, 30)
+    with pytest.raises(UserError, match="3 users are more than may wait .--max_queue 2"):
+        batcher.submit([ask] * 3, 30)
+    held.set()
+    assert [len(job.future.result(30).items) for job in jobs] == [10, 10]
+    batcher.close()
+
+
+def test_an_empty_reasoning_is_not_written(own):
+    library = Recommender.from_pretrained(own)
+    batcher = Batcher(library, writer=SimpleNamespace(alive=True, close=lambda: None))  # it cannot write
+    [job] = batcher.submit([{"history": ["i00"], "reasoning": ""}], 30)
+    assert job.future.result(30) == Recommender.from_pretrained(own).recommend([["i00"]], reasoning="")[0]
+    batcher.close()
 
 
 def test_a_deadline_is_kept_while_the_model_is_busy(own):

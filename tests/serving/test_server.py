@@ -186,6 +186,31 @@ def test_reasoning_is_streamed_as_it_is_written(served, library, monkeypatch):
     assert text.strip() == rest[-1][1]["reasoning"] and len(rest) > 2
 
 
+def connect(served, path, history):
+    """A client that has sent its question and may leave."""
+    body = json.dumps({"users": [{"history": history}]}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    client = socket.create_connection(("127.0.0.1", served.port))
+    client.sendall(head.encode() + body)
+    return client
+
+
+@pytest.mark.parametrize("path", ["/v1/recommend/stream", "/v1/recommend"])
+def test_a_client_that_leaves_while_it_waits_frees_its_place(served, library, path):
+    held, batcher, start = threading.Event(), batcher_of(served), time.monotonic()
+    batcher.call(held.wait)
+    try:
+        with connect(served, path, library.bundle.table.item_ids[:1]):
+            while batcher.waiting != 1:
+                assert time.monotonic() < start + 20
+                time.sleep(0.01)
+        while batcher.waiting:
+            assert time.monotonic() < start + 20
+            time.sleep(0.01)
+    finally:
+        held.set()
+
+
 def test_a_client_that_leaves_frees_its_slot(served, library, monkeypatch):
     ids, lengths = library.bundle.table.item_ids, []
     seen, left = threading.Event(), threading.Event()
@@ -204,12 +229,7 @@ def test_a_client_that_leaves_frees_its_slot(served, library, monkeypatch):
     monkeypatch.setattr(Recommender, "answer", slowly)
     for path in ("/v1/recommend/stream", "/v1/recommend"):
         lengths.clear(), seen.clear(), left.clear()
-        body = json.dumps({"users": [{"history": ids[:2]}]}).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        with socket.create_connection(("127.0.0.1", served.port)) as client:
-            client.sendall(head.encode() + body)
+        with connect(served, path, ids[:2]):
             assert seen.wait(20)
         time.sleep(0.3)
         left.set()
