@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import polars as pl
@@ -51,13 +51,14 @@ def matching_rows(items: pl.DataFrame, where: str) -> list[bool]:
     """
     if not isinstance(where, str) or len(where) > MAX_LENGTH:
         raise UserError(f'`where` is {where!r:.80}; give a short condition on columns, such as "price < 50".')
-    condition = _Parser(where, items.columns).condition()
     items = items.with_columns(pl.col(pl.Float32, pl.Float64).fill_nan(None))  # else above every number
+    parser = _Parser(where, items)
+    condition = parser.condition()
+    if parser.numbers:  # text against a number: prices are often stored as text
+        items = _with_numbers(items, parser.numbers)
+        condition = _Parser(where, items).condition()
     try:
-        try:
-            mask = items.with_columns(condition.alias("mask"))["mask"]
-        except pl.exceptions.PolarsError:  # text against a number: prices are often stored as text
-            mask = _with_numbers(items).with_columns(condition.alias("mask"))["mask"]
+        mask = items.with_columns(condition.alias("mask"))["mask"]
     except pl.exceptions.PolarsError as error:
         raise UserError(
             f'`where` is {where!r:.200}: {str(error).splitlines()[0]}; give a condition such as "price < 50" (text '
@@ -73,8 +74,10 @@ def matching_rows(items: pl.DataFrame, where: str) -> list[bool]:
 class _Parser:
     """Recursive descent: OR, AND, NOT, comparison, operand."""
 
-    def __init__(self, where: str, columns: list[str]):
-        self.where, self.columns, self.depth, self.terms = where, columns, 0, 0
+    def __init__(self, where: str, items: pl.DataFrame):
+        self.where, self.columns, self.depth, self.terms = where, items.columns, 0, 0
+        self.schema = items.clear().lazy()
+        self.numbers: set[str] = set()  # columns of text that are compared with a number
         self.tokens: list[tuple[str, str]] = []  # kind and text
         at = 0
         while at < len(where):
@@ -139,14 +142,18 @@ class _Parser:
         elif self._take("BETWEEN"):
             low = self._operand()
             self._need("AND")
-            expression = (left >= low) & (left <= self._operand())
+            high = self._operand()
+            self._note(left, low, high)
+            expression = (left >= low) & (left <= high)
         elif self._take("LIKE"):
             expression = left.str.contains(_like(self._literal(str)))
         elif negated:
             raise self._error("NOT must be followed by IN, BETWEEN or LIKE here")
         elif self.tokens[self.at][1] in _COMPARE:
             compare = _COMPARE[self._next()[1]]
-            return compare(left, self._operand())
+            right = self._operand()
+            self._note(left, right)
+            return compare(left, right)
         else:
             return left
         return ~expression if negated else expression
@@ -160,6 +167,8 @@ class _Parser:
         known = [value for value in values if value is not None]
         if len({isinstance(value, str) for value in known}) > 1:
             raise self._error("the values of IN are texts and numbers; give one kind")
+        if known:
+            self._note(left, pl.lit(known[0]))
         if known and isinstance(known[0], str):
             found = left.is_in(known)
         elif len(known) > _COMPARED:
@@ -182,8 +191,11 @@ class _Parser:
             if text.upper() not in TYPES:
                 raise self._error(f"{text!r:.40} is no type; give {', '.join(TYPES)}")
             self._need(")")
-            number = expression.cast(TYPES[text.upper()], strict=False)
-            return number.fill_nan(None) if TYPES[text.upper()] == pl.Float64 else number
+            wanted: Any = TYPES[text.upper()]
+            if wanted.is_numeric() and self._type(expression) == pl.String:
+                expression = _bare(expression)
+            number = expression.cast(wanted, strict=False)
+            return number.fill_nan(None) if wanted == pl.Float64 else number
         if text.lower() in ("min", "max") and self._take("("):
             column = self._operand()
             self._need(")")
@@ -198,6 +210,19 @@ class _Parser:
             return pl.col(name)
         self.at -= 1
         return pl.lit(self._literal())
+
+    def _type(self, expression: pl.Expr) -> Any:
+        try:
+            return self.schema.select(expression).collect_schema().dtypes()[0]
+        except pl.exceptions.PolarsError:
+            return None  # its evaluation says what is wrong
+
+    def _note(self, *sides: pl.Expr) -> None:
+        """Keep the names of columns of text that stand beside a number."""
+        types = [self._type(side) for side in sides]
+        if any(one is not None and one.is_numeric() for one in types):
+            texts = [side for side, one in zip(sides, types, strict=True) if one == pl.String]
+            self.numbers.update(name for side in texts for name in side.meta.root_names())
 
     def _literal(self, wanted: type = object) -> Any:
         kind, text = self._next()
@@ -241,11 +266,18 @@ def _like(pattern: str) -> str:
     return "(?s)^" + "".join(parts.get(character) or re.escape(character) for character in pattern) + "$"
 
 
-def _with_numbers(items: pl.DataFrame) -> pl.DataFrame:
-    """Text columns that hold nothing but numbers (such as `$1,299.00`) as numbers."""
+def _bare(text: Any) -> Any:
+    """An expression or column of texts without what prices are written with."""
+    return text.str.strip_chars(" $").str.replace_all(",", "", literal=True)
+
+
+def _with_numbers(items: pl.DataFrame, names: Collection[str]) -> pl.DataFrame:
+    """Those of the named columns that hold nothing but numbers (such as `$1,299.00`) as numbers."""
     columns = []
     for name in items.select(pl.col(pl.String).exclude("item_id", "title")).columns:
-        text = items[name].str.strip_chars(" $").str.replace_all(",", "", literal=True)
+        if name not in names:
+            continue
+        text = _bare(items[name])
         text = text.set(text == "", None)
         number = text.cast(pl.Float64, strict=False)
         if number.null_count() == text.null_count() < len(text):

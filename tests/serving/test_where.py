@@ -127,6 +127,23 @@ def test_prices_with_a_currency_are_numbers():
     assert matching_rows(frame, "title LIKE '%b%' AND NOT year = 2") == [True, False]
 
 
+@pytest.mark.parametrize(
+    "where, expected",
+    [
+        ("year = '2019' AND price < 50", [True, False]),
+        ("year LIKE '20%' AND NOT price <= 9.99", [False, True]),
+        ("CAST(price AS DOUBLE) > 1000", [False, True]),
+        ("CAST(price AS BIGINT) IS NULL AND year IN ('2019')", [True, False]),  # 9.99 is none
+        ("CAST(price AS DOUBLE) > 1000 AND price BETWEEN 1 AND 2000 AND MAX(price) > 1000", [False, True]),
+        ("price IN (9.99, 3) OR year IN (2020)", [True, True]),
+        ("price < stock", [True, False]),
+    ],
+)
+def test_only_text_that_stands_beside_a_number_counts_as_one(where, expected):
+    frame = pl.DataFrame({"year": ["2019", "2020"], "price": ["$9.99", "1,299.00"], "stock": [10, 10]})
+    assert matching_rows(frame, where) == expected
+
+
 def test_eight_hundred_terms_are_quick():
     frame = pl.DataFrame({"price": list(range(20_000))})
     start = time.perf_counter()
