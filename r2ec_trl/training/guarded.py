@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,6 @@ class GuardedTraining(_Base):
     - `_prepare_inputs`: the guard keeps the micro-batch, as evidence.
     - `_get_grad_norm`: a gradient that is no number ends the run before it reaches the weights.
     - `_save_checkpoint`: the [`~r2ec_trl.training.checkpoints.CheckpointKeeper`] makes it whole.
-    - `_load_from_checkpoint`: the trained adapter is read too where a reference lies beside it, and keeps its dtype
-      (PEFT makes float32 of QLoRA's bfloat16).
     """
 
     table: ItemTable
@@ -81,8 +80,27 @@ class GuardedTraining(_Base):
             self.add_callback(SaveOnTerminate(self.accelerator))
         with self.guard:
             folder = self.keeper.resume_from(resume_from_checkpoint)
-            with self._no_step_more():
+            with self._no_step_more(), self._adapters_as_they_were(folder):
                 return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    @contextmanager
+    def _adapters_as_they_were(self, folder: Path | None) -> Iterator[None]:
+        """
+        transformers reads adapters of a checkpoint by `load_adapter`, which makes float32 of QLoRA's bfloat16: here
+        they keep their dtype. Where TRL laid a reference beside the trained adapter, transformers reads that alone.
+        """
+        adapters = getattr(self.model, "peft_config", ())
+        if folder is None or not adapters:
+            yield
+            return
+        inner = self.model.load_adapter
+        self.model.load_adapter = partial(inner, autocast_adapter_dtype=False)
+        try:
+            if len(adapters) > 1 and "default" in adapters and (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+                self.model.load_adapter(str(folder), "default", is_trainable=True)
+            yield
+        finally:
+            del self.model.load_adapter
 
     @contextmanager
     def _no_step_more(self) -> Iterator[None]:
@@ -117,14 +135,3 @@ class GuardedTraining(_Base):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with self.keeper.saving(folder, self.state):
             super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        dtypes = {name: weight.dtype for name, weight in self.model.named_parameters() if weight.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        adapters = getattr(self.model, "peft_config", ())
-        if len(adapters) > 1 and "default" in adapters and (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
-            self.model.load_adapter(str(folder), "default", is_trainable=True)  # transformers reads subfolders alone
-        for name, dtype in dtypes.items():
-            weight = self.model.get_parameter(name)
-            weight.data = weight.data.to(dtype)

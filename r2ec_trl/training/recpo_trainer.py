@@ -58,9 +58,8 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
       micro-batch held is kept as evidence of a loss or gradient that is no number; a resumed run counts on.
     - `_get_grad_norm`: a gradient that is no number stops the run before it reaches the weights.
     - `train`: out of memory and hung or lost processes stop the run with one sentence on every process; a resumed run
-      sees the users that it would have seen.
+      sees the users that it would have seen, and its adapters are read as they were.
     - `_save_checkpoint`: checkpoints are whole or not there, and hold the item table.
-    - `_load_from_checkpoint`: the trained adapter goes on where TRL laid a reference beside it, in the dtype it had.
     - `evaluate`: TRL's samples G rollouts and averages batches; ours reasons greedily and ranks the whole catalogue.
 
     Rollouts go through TRL's public `rollout_func` ([`~RecPOTrainer.roll_out`]), figures through callbacks.

@@ -14,7 +14,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
 
 def test_both_trainers_run_guarded_and_every_override_has_its_reason():
     ours = {name for name in vars(GuardedTraining) if hasattr(Trainer, name) and not name.startswith("__")}
-    assert ours == {"train", "_prepare_inputs", "_get_grad_norm", "_save_checkpoint", "_load_from_checkpoint"}
+    assert ours == {"train", "_prepare_inputs", "_get_grad_norm", "_save_checkpoint"}
     assert all(f"`{name}`:" in GuardedTraining.__doc__ for name in ours)
     for trainer in (ContrastiveTrainer, RecPOTrainer):
         own = {"_prepare_inputs" if trainer is RecPOTrainer else "train"}  # groups kept whole, a report, on top of it
