@@ -16,7 +16,6 @@ by user. Several processes share out the users. Hardware: whatever the model run
 on a CPU.
 """
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from rich import get_console
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle.bundle import Bundle
+from r2ec_trl.bundle.meta import read_json
 from r2ec_trl.cli.bundle_choice import BundleArguments, check_catalogue, engine_of, load_bundle, make_bundle
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
@@ -197,12 +197,10 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
     beside: dict[str, pl.DataFrame] = {}
     for folder in args.beside:
         path = Path(folder).resolve()
-        beside[str(path) if path.name in {*REASONING_MODES, *wanted, *beside} else path.name] = _beside(
-            folder, facts, users
-        )
-    places = {mode: Path(args.output_dir) / mode.replace(":", "_") for mode in wanted}
-    if len(wanted) == 1:
-        places = {wanted[0]: Path(args.output_dir)}
+        name = str(path) if path.name in {*REASONING_MODES, *wanted, *beside} else path.name
+        beside[name] = _beside(folder, facts, users)
+    place = Path(args.output_dir)
+    places = {mode: place / mode.replace(":", "_") if len(wanted) > 1 else place for mode in wanted}
     _keep_training_runs(places.values())
     modes, frames, seconds = Modes(args, bundle, users, accelerator), {}, {}
     for mode in wanted:
@@ -230,7 +228,7 @@ def _keep_training_runs(folders: Iterable[Path]) -> None:
     """[`UserError`] for the folder of a training run, whose figures an evaluation would replace."""
     for folder in folders:
         file = folder / METRICS_FILE
-        if file.is_file() and "training" in json.loads(file.read_text(encoding="utf-8")):
+        if file.is_file() and "training" in read_json(file):
             raise UserError(
                 f"{file} is of a training run; give another --output_dir, such as {folder / 'evaluation'}."
             )

@@ -73,7 +73,7 @@ def sampled(args: TrialArguments, policy_args: PolicyArguments) -> tuple[pl.Data
     if not len(users):
         raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
     bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
-    if bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
+    if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
         check_catalogue(bundle, dataset, users)
     limits = bundle.meta.protocol
     with bundle.precision():

@@ -577,7 +577,7 @@ def test_report_recipe(launch, warm, shop, shop_folder, tmp_path):
         launch("report", "--run", warm, "--dataset", "demo")
 
 
-def test_try_reward_recipe(launch, written, shop, shop_folder, tmp_path, capsys):
+def test_try_reward_recipe(launch, written, shop, shop_folder, tiny_model_folder, tmp_path, capsys):
     """
     The first call writes `rollouts` of `max_eval_users` · `num_generations`, the next needs no bundle; the figures of
     `output` are those of the rewards that are named; `temperature` near 0 is greedy: no group carries a signal.
@@ -588,6 +588,9 @@ def test_try_reward_recipe(launch, written, shop, shop_folder, tmp_path, capsys)
     launch("try_reward", *words, "--rollouts", kept)
     frame = pl.read_parquet(kept)
     assert frame["user_id"].to_list() == [name for name in shop["validation"]["user_id"][:3] for _ in range(4)]
+    model = ["--model_name_or_path", tiny_model_folder("llama"), "--max_completion_length", 3, "--max_eval_users", 2]
+    launch("try_reward", *model, "--dataset", shop_folder, "--rollouts", tmp_path / "no_bundle.parquet")
+    assert pl.read_parquet(tmp_path / "no_bundle.parquet").height == 2 * 8
     names = ["fused", "hit", f"{tmp_path / 'my.py'}:words"]
     launch("try_reward", "--rollouts", kept, "--reward_funcs", *names, "--reward_cutoff", 1, "--output", out)
     found = json.loads(out.read_text())
