@@ -2,6 +2,7 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -16,12 +17,12 @@ def _state(step=0, main_process=True, history=()):
     return state
 
 
-def _warnings(caplog, *logs, main_process=True):
+def _warnings(caplog, *logs, main_process=True, args=None):
     callback = HealthCallback()
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="r2ec_trl.cli.live"):
         for step, row in enumerate(logs, 1):
-            callback.on_log(None, _state(step, main_process), None, logs=row)
+            callback.on_log(args, _state(step, main_process), None, logs=row)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -87,4 +88,8 @@ def test_a_high_cosine_may_fall_but_not_rise_or_stay(caplog):
     assert _warnings(caplog, *rows([0.99, 0.98, 0.97, 0.96, 0.94, 0.9])) == []
     assert len(_warnings(caplog, *rows([0.3, 0.4, 0.45, 0.51]))) == 1
     assert _warnings(caplog, *rows([0.3, 0.4, 0.45, 0.49])) == []
+    for negatives in ("batch", "catalogue"):
+        args = SimpleNamespace(item_negatives=negatives)
+        (said,) = _warnings(caplog, *rows([0.3, 0.4, 0.45, 0.51]), args=args)
+        assert ("leave --item_negatives catalogue out" in said) is (negatives == "catalogue")
     assert len(_warnings(caplog, *rows([0.99 - 0.001 * step for step in range(15)]))) == 1
