@@ -55,7 +55,7 @@ from r2ec_trl.data.schema import ITEMS, refuse_to_overwrite, write_dataset
 from r2ec_trl.data.sources import KINDS, kind_of
 from r2ec_trl.data.sources.amazon import DOWNLOADS
 from r2ec_trl.data.text import item_text
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.files import build_folder
 
 logger = logging.getLogger("r2ec_trl")
@@ -335,8 +335,9 @@ def _published(path: str | None, category: str | None) -> dict[str, int]:
         found = (counts or {}).get(category) or {}
         wrong = [name for name, count in found.items() if not isinstance(count, int) or count < 1]
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--published_counts {path} cannot be read as counts by category ({cause}).") from error
+        raise UserError(
+            f"--published_counts {path} cannot be read as counts by category ({first_line(error)})."
+        ) from error
     if wrong:
         raise UserError(f"--published_counts {path}: {wrong[0]!r} of {category} is no count.")
     if not found:

@@ -14,10 +14,10 @@ from datasets import Dataset
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from r2ec_trl.bundle.meta import first_line, read_json
+from r2ec_trl.bundle.meta import read_json
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.reasoning_audit import draw_audit
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, flat, read_ranks
 from r2ec_trl.files import write_text
 from r2ec_trl.metrics import PERCENT

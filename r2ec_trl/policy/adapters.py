@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,7 +34,7 @@ def adapter_folder(adapter: str) -> Path:
             folder = Path(snapshot_download(adapter, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
-                f"The adapter {adapter!r} is neither a folder nor a hub id that can be reached: {_first_line(error)}"
+                f"The adapter {adapter!r} is neither a folder nor a hub id that can be reached: {reason_of(error)}"
             ) from error
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"The adapter {adapter!r} has no {CONFIG_FILE}; give a folder that PEFT saved.")
@@ -53,7 +53,7 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     except UserError:
         raise
     except (ValueError, TypeError, LookupError, OSError, AttributeError, RecursionError) as error:
-        raise UserError(f"The adapter {adapter!r}: {CONFIG_FILE} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"The adapter {adapter!r}: {CONFIG_FILE} cannot be read: {reason_of(error)}") from error
     if config.peft_type != PeftType.LORA:
         raise UserError(
             f"The adapter {adapter!r}: {CONFIG_FILE} says `peft_type` {config.peft_type}; give a LoRA one."
@@ -121,7 +121,7 @@ def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, tra
         ArithmeticError,
         AssertionError,
     ) as error:
-        raise UserError(f"{misfit}{_first_line(error)}") from error
+        raise UserError(f"{misfit}{reason_of(error)}") from error
     expected = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(peft_model).items()}
     for key in sorted(shapes.keys() & expected.keys()):
         if shapes[key] != expected[key]:
@@ -143,7 +143,7 @@ def _tensor_shapes(file: Path, adapter: str) -> dict[str, tuple[int, ...]]:
                 _check_values(tensors.get_tensor(key), f"The adapter {adapter!r}: {key} of {WEIGHTS_FILE}")
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"The adapter {adapter!r}: {WEIGHTS_FILE} is damaged: {_first_line(error)}") from error
+        raise UserError(f"The adapter {adapter!r}: {WEIGHTS_FILE} is damaged: {reason_of(error)}") from error
 
 
 def _check_values(tensor: torch.Tensor, name: str) -> None:
@@ -165,5 +165,6 @@ def _shape_sentence(key: str, found: tuple[int, ...], expected: tuple[int, ...])
     return f"{key} is {found}, but the model needs {expected}; name the base it was trained on."
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:300]
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says, with single blanks, cut where it is too long to be read."""
+    return " ".join(first_line(error).split())[:300]

@@ -20,7 +20,7 @@ from trl import ModelConfig, get_quantization_config
 
 from r2ec_trl.data.demo import DEMO_POLICY
 from r2ec_trl.errors import UserError
-from r2ec_trl.policy.adapters import attach_adapter, read_adapter_config
+from r2ec_trl.policy.adapters import attach_adapter, read_adapter_config, reason_of
 from r2ec_trl.policy.checks import PROJECTIONS, check_no_hub_code
 from r2ec_trl.policy.options import check_options
 from r2ec_trl.policy.ranges import check_ranges
@@ -144,8 +144,7 @@ def _from_pretrained(
         if "allocate memory" in str(error):
             raise
         wants_code = "trust_remote_code" in str(error)
-        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:300]
-        reason += " Add `--trust_remote_code` if you trust it." if wants_code else ""
+        reason = reason_of(error) + (" Add `--trust_remote_code` if you trust it." if wants_code else "")
         recorded = (
             ""
             if args.model_name_or_path

@@ -10,7 +10,7 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer
 
 from r2ec_trl.data.schema import ITEMS, SPLITS
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
 
@@ -31,8 +31,9 @@ def prompt_lengths(dataset: DatasetDict, tokenizer_path: str, category: str, row
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--tokenizer '{tokenizer_path}' cannot be loaded ({cause}): name another.") from error
+        raise UserError(
+            f"--tokenizer '{tokenizer_path}' cannot be loaded ({first_line(error)}): name another."
+        ) from error
     limits = PromptConfig()
     whole = PromptConfig(category=category, max_prompt_length=1 << 30, max_item_length=1 << 30)
     prompts = Prompts(tokenizer, whole, dataset[ITEMS])
