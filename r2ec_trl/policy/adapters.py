@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -64,6 +65,11 @@ def read_adapter_config(adapter: str) -> PeftConfig:
 def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The LoRA matrices of a model; none where it has no adapter."""
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
+def base_of(model: Any) -> Any:
+    """The model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_packed(parameter: torch.nn.Parameter) -> bool:

@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.policy.adapters import is_packed
+from r2ec_trl.policy.adapters import base_of, is_packed
 from r2ec_trl.policy.answer_state import encode_states, pad_right
 from r2ec_trl.policy.batching import check_length
 from r2ec_trl.policy.prompts import Prompts
@@ -185,7 +185,7 @@ def check_policy(model: Any, prompts: Prompts, generates: bool, trains: bool = F
     """
     if is_deepspeed_zero3_enabled():
         return  # weights are shared out: nothing can run before the engine does
-    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    kind = type(base_of(model)).__name__
     pad, was_training = prompts.tokenizer.pad_token_id, model.training
     probe = prompts.probe_ids[:PROBE_TOKENS]
     pair = [probe, probe[: max(1, len(probe) // 3)]]  # the shorter one is padded in a batch
@@ -244,7 +244,7 @@ def _next_scores(model: Any, sequences: Sequence[Sequence[int]], pad_token_id: i
     ids, mask = (
         part.flip(1) for part in pad_right([list(reversed(s)) for s in sequences], pad_token_id, model.device)
     )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     output = type(base).generate(  # the class's: an instance's may be wrapped, to stop or to count
         base,
         input_ids=ids,

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from r2ec_trl.policy.adapters import base_of
 from r2ec_trl.policy.batching import check_length, length_sorted_batches
 from r2ec_trl.policy.decoding import decode, settings
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch
@@ -136,7 +136,7 @@ def generate_reasoning(
         eos_token_id=stop_ids,
         disable_compile=True,
     )
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = base_of(model)
     prompt_learning = base is not model and model.active_peft_config.is_prompt_learning
     changed = [part for part in (model, base) if "generate" in vars(part)]  # someone else's goes first
     ours = not prompt_learning and all(getattr(part.generate, "by_decoding", False) for part in changed)

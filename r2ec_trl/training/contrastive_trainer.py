@@ -15,6 +15,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.comparison import compare_frames
 from r2ec_trl.evaluation.users import summarise_users
 from r2ec_trl.items.encoding import make_encoder, make_table
+from r2ec_trl.policy.adapters import base_of
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right
 from r2ec_trl.policy.checks import check_start, fit_adapter, switch_dropout_off
 from r2ec_trl.policy.options import check_launch
@@ -142,7 +143,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         if args.per_device_train_batch_size * args.world_size < 2:
             raise UserError("A batch of one user has no negatives; raise `per_device_train_batch_size`.")
         self.prompts = Prompts(processing_class, args.prompt_config(), items)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         if args.reasoning == "sampled":
             self.reasoning = "full"
             add_fused_lm_head(base)

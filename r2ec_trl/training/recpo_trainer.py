@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table
+from r2ec_trl.policy.adapters import base_of
 from r2ec_trl.policy.answer_state import add_answer_state
 from r2ec_trl.policy.checks import check_start, switch_dropout_off
 from r2ec_trl.policy.generation import stop_generate_at_marker
@@ -21,14 +22,7 @@ from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.training.generation_batch import GenerationBatch, whole_groups, without_rows
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.training.guarded import GuardedTraining, stable_rollout_func
-from r2ec_trl.training.inputs import (
-    as_given,
-    check_batch,
-    check_inputs,
-    numbered,
-    resolve_policy,
-    resolve_rewards,
-)
+from r2ec_trl.training.inputs import as_given, check_batch, check_inputs, numbered, resolve_policy, resolve_rewards
 from r2ec_trl.training.item_term import ItemTerm
 from r2ec_trl.training.launch import check_sharding
 from r2ec_trl.training.objective import rloo_factor, token_normalizer
@@ -143,7 +137,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         chat = self.prompts.chat  # TRL renders the prompts again: under the same clock
         self.chat_template, self.chat_template_kwargs = chat.template, chat.kwargs
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
-        base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base_model = base_of(self.model)
         add_answer_state(base_model, args.shared_prompt)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             stop_generate_at_marker(base_model, self.reader)

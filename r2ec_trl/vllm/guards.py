@@ -17,6 +17,7 @@ from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.adapters import base_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def check_model(model: Any, args: Any) -> None:
     if args.vllm_lora_sync and not is_peft_model(model):
         raise UserError("`vllm_lora_sync` sends a LoRA adapter, and this run trains all weights; leave it out.")
     _check_named(model)
-    quantizer = getattr(_base(model), "hf_quantizer", None)
+    quantizer = getattr(base_of(model), "hf_quantizer", None)
     if quantizer is not None:
         _check_quantized(quantizer, args)
     if is_peft_model(model):
@@ -121,7 +122,7 @@ def check_model(model: Any, args: Any) -> None:
 def check_evaluated(policy: Any) -> None:
     """Raise [`UserError`] where an engine for evaluation could not become exactly this policy."""
     _check_named(policy)
-    if getattr(_base(policy), "hf_quantizer", None) is not None:
+    if getattr(base_of(policy), "hf_quantizer", None) is not None:
         raise UserError("The vLLM engine takes unquantised models; load it unquantised, or leave `--engine vllm` out.")
     if is_peft_model(policy):
         _check_adapter(policy, hot_load=True, way_out="leave `--engine vllm` out")
@@ -130,10 +131,6 @@ def check_evaluated(policy: Any) -> None:
 def _check_named(model: Any) -> None:
     if not model.name_or_path:
         raise UserError("vLLM reads the base from a folder or the hub, and this model has no name; save it first.")
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _check_quantized(quantizer: Any, args: Any) -> None:
@@ -173,7 +170,7 @@ def _check_adapter(
         )
     if hot_load and (reason := adapter_refusal(config)):
         raise UserError(f"vLLM cannot hot-load {reason}; {way_out}.")
-    base = model.get_base_model()
+    base = base_of(model)
     if any(isinstance(layer, LoraLayer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())):
         if hot_load or model.config.tie_word_embeddings:
             raise UserError(
