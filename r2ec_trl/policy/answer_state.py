@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -218,10 +219,20 @@ def pad_right(
     sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded `(n, length)` token ids and their attention mask."""
-    length = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[row, : len(sequence)] = 1
-    return input_ids.to(device), attention_mask.to(device)
+    return _padded(sequences, pad_token_id, device, "right")
+
+
+def pad_left(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`pad_right`] with the padding on the left, for `generate`."""
+    return _padded(sequences, pad_token_id, device, "left")
+
+
+def _padded(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str, side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    masks = [torch.ones_like(row) for row in ids]
+    parts = [pad_sequence(rows, True, value, side).to(device) for rows, value in ((ids, pad_token_id), (masks, 0))]
+    return parts[0], parts[1]

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.adapters import base_of, is_packed
-from r2ec_trl.policy.answer_state import encode_states, pad_right
+from r2ec_trl.policy.answer_state import encode_states, pad_left
 from r2ec_trl.policy.batching import check_length
 from r2ec_trl.policy.prompts import Prompts
 
@@ -241,9 +241,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _next_scores(model: Any, sequences: Sequence[Sequence[int]], pad_token_id: int) -> torch.Tensor:
     """Scores of the token after the last of these sequences, `(1, V)`, by `generate`: padded on the left."""
-    ids, mask = (
-        part.flip(1) for part in pad_right([list(reversed(s)) for s in sequences], pad_token_id, model.device)
-    )
+    ids, mask = pad_left(sequences, pad_token_id, model.device)
     base = base_of(model)
     output = type(base).generate(  # the class's: an instance's may be wrapped, to stop or to count
         base,

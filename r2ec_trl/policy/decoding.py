@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from r2ec_trl.policy.answer_state import pad_left
 from r2ec_trl.policy.batching import length_sorted_batches
 from r2ec_trl.policy.packed_layers import packed_layers
 from r2ec_trl.policy.releases import cache_name, is_checkpointing
@@ -233,15 +234,11 @@ def _prefill(
     logits: Any = None
     for batch in length_sorted_batches([len(prompt) for prompt in distinct], PREFILL_TOKENS):
         longest = len(distinct[batch[0]])
-        ids, seen = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(2))
-        for place, which in enumerate(batch):
-            ids[place, longest - len(distinct[which]) :] = torch.tensor(distinct[which])
-            seen[place, longest - len(distinct[which]) :] = 1
-        seen = seen.to(device)
+        ids, seen = pad_left([distinct[which] for which in batch], 0, device)
         cache: Any = Cache(layers=[DynamicLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
         held: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
         output = model(
-            input_ids=ids.to(device),
+            input_ids=ids,
             attention_mask=seen,
             position_ids=(seen.cumsum(dim=1) - 1).clamp(min=0),
             logits_to_keep=1,

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from r2ec_trl.policy.adapters import base_of
+from r2ec_trl.policy.answer_state import pad_left
 from r2ec_trl.policy.batching import check_length, length_sorted_batches
 from r2ec_trl.policy.decoding import decode, settings
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout, Watch
@@ -155,17 +156,13 @@ def generate_reasoning(
             rollouts.update({i: reader.finish(ids, end_ids) for i, ids in zip(batch, written, strict=True)})
             continue
         length = len(prompt_ids[batch[0]])  # longest first
-        input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(batch):
-            input_ids[row, length - len(prompt_ids[index]) :] = torch.tensor(prompt_ids[index])
-            attention_mask[row, length - len(prompt_ids[index]) :] = 1
+        input_ids, attention_mask = pad_left([prompt_ids[index] for index in batch], tokenizer.pad_token_id, device)
         criteria: list[StoppingCriteria] = [MarkerCriteria(reader, length)]
         if watch is not None:
             criteria.append(WatchCriteria(watch, batch, length))
         output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(criteria),
         )

@@ -9,6 +9,7 @@ from r2ec_trl.policy.answer_state import (
     add_answer_state,
     answer_position,
     encode_states,
+    pad_left,
     pad_right,
     select_answer_state,
 )
@@ -23,9 +24,11 @@ def test_position_is_the_last_attended_one_on_either_side_of_padding():
     assert select_answer_state(hidden, mask).flatten().tolist() == [2, 7, 8, 14]
 
 
-def test_pad_right():
-    ids, mask = pad_right([[5], [6, 7, 8]], 0, "cpu")
-    assert ids.tolist() == [[5, 0, 0], [6, 7, 8]] and mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+def test_padding_on_either_side():
+    ids, mask = pad_right([[5], [6, 7, 8]], 9, "cpu")
+    assert ids.tolist() == [[5, 9, 9], [6, 7, 8]] and mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+    ids, mask = pad_left([[5], [6, 7, 8]], 9, "cpu")
+    assert ids.tolist() == [[9, 9, 5], [6, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
 @pytest.fixture
