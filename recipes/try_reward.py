@@ -26,8 +26,8 @@ from r2ec_trl.cli.reward_trial import examples, trial_table
 from r2ec_trl.cli.run_start import check_writable, first_rows
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import finite, protocol
-from r2ec_trl.evaluation.reward_trial import read_rollouts, rollout_rows, try_rewards, write_rollouts
+from r2ec_trl.evaluation.report import finite, protocol, write_frame
+from r2ec_trl.evaluation.reward_trial import read_rollouts, rollout_rows, try_rewards
 from r2ec_trl.evaluation.sampling import sample_users
 from r2ec_trl.files import write_json
 from r2ec_trl.policy.loading import PolicyArguments
@@ -96,7 +96,7 @@ def sampled(args: TrialArguments, policy_args: PolicyArguments) -> tuple[pl.Data
     facts = protocol(
         card, {**bundle.settings(), **names, "num_generations": args.num_generations}, args.seed, args.split
     )
-    write_rollouts(args.rollouts, rollouts, facts)
+    write_frame(args.rollouts, rollouts, facts)
     return rollouts, facts
 
 

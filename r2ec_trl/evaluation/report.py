@@ -119,6 +119,21 @@ def _slice(systems: Mapping[str, pl.DataFrame], rows: np.ndarray, users: np.ndar
     return result
 
 
+def write_frame(file: str | os.PathLike, frame: pl.DataFrame, protocol: Mapping[str, Any]) -> None:
+    """Write a frame as one Parquet file, whole or not at all, with the protocol in its metadata."""
+    table = frame.to_arrow().replace_schema_metadata({_PROTOCOL_KEY: json.dumps(protocol)})
+    write_with(file, lambda scratch: pq.write_table(table, scratch))
+
+
+def read_frame(file: str | os.PathLike, fault: str) -> tuple[pl.DataFrame, Any]:
+    """What [`write_frame`] wrote; `fault` is the sentence of the [`UserError`] where it is something else."""
+    try:
+        table = pq.read_table(file)
+        return pl.DataFrame(table), json.loads((table.schema.metadata or {})[_PROTOCOL_KEY])
+    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise UserError(fault) from error
+
+
 def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any], frame: pl.DataFrame) -> None:
     """Write `ranks.parquet`, then `metrics.json`, each whole or not at all. A figure that is no number becomes null,
     with a warning, so that the others are kept.
@@ -131,8 +146,7 @@ def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any], fram
         frame (`polars.DataFrame`):
             One row per example.
     """
-    table = frame.to_arrow().replace_schema_metadata({_PROTOCOL_KEY: json.dumps(report["protocol"])})
-    write_with(Path(folder) / RANKS_FILE, lambda file: pq.write_table(table, file))
+    write_frame(Path(folder) / RANKS_FILE, frame, report["protocol"])
     wrong = [key for key, value in flat(report).items() if isinstance(value, float) and not math.isfinite(value)]
     if wrong:
         logger.warning("%s: %s is no finite number; written as null.", Path(folder) / METRICS_FILE, ", ".join(wrong))
@@ -144,14 +158,8 @@ def read_ranks(folder: str | os.PathLike[str]) -> tuple[pl.DataFrame, dict[str, 
     file = Path(folder) / RANKS_FILE
     if not file.is_file():
         raise UserError(f"{folder} holds no {RANKS_FILE}; recipes/evaluate.py writes one.")
-    try:
-        table = pq.read_table(file)
-        found = json.loads((table.schema.metadata or {})[_PROTOCOL_KEY])
-        frame = pl.DataFrame(table)
-    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, KeyError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not a ranks file with its protocol; evaluate again with recipes/evaluate.py."
-        ) from error
+    fault = f"{file} is not a ranks file with its protocol; evaluate again with recipes/evaluate.py."
+    frame, found = read_frame(file, fault)
     missing = set(_COLUMNS) - set(frame.columns)
     if missing:
         raise UserError(f"{file} lacks the columns {', '.join(sorted(missing))}; evaluate again.")

@@ -2,25 +2,20 @@
 
 import asyncio
 import inspect
-import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.files import write_with
+from r2ec_trl.evaluation.report import read_frame
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.rewards import OF_REWARDS, Reward, checked_reward, fused_reward
 
-_PROTOCOL_KEY = b"protocol"
 _NEEDED = ("row", "user_id", "target", "rank", "target_prob", "target_score", "top_item_ids", "completion", "prompt")
 _RENAMED = {"rank": "target_rank"}  # as rewards call it
 # what the file holds for people, and no reward gets in training
@@ -43,20 +38,10 @@ def rollout_rows(samples: pl.DataFrame, users: Dataset, prompts: Prompts, num_it
     return pl.concat([samples, more[samples["row"].to_list()]], how="horizontal")
 
 
-def write_rollouts(file: str | os.PathLike, rollouts: pl.DataFrame, protocol: Mapping[str, Any]) -> None:
-    """Keep rollouts as one Parquet file, with the protocol in its metadata."""
-    table = rollouts.to_arrow().replace_schema_metadata({_PROTOCOL_KEY: json.dumps(protocol)})
-    write_with(Path(file), lambda path: pq.write_table(table, path))
-
-
 def read_rollouts(file: str | os.PathLike) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """What [`write_rollouts`] wrote."""
-    try:
-        table = pq.read_table(file)
-        protocol = json.loads((table.schema.metadata or {})[_PROTOCOL_KEY])
-        frame = pl.DataFrame(table)
-    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no file of rollouts; sample them again with recipes/try_reward.py.") from error
+    """Rollouts that [`~r2ec_trl.evaluation.report.write_frame`] wrote, and their protocol."""
+    fault = f"{file} is no file of rollouts; sample them again with recipes/try_reward.py."
+    frame, protocol = read_frame(file, fault)
     missing = [name for name in _NEEDED if name not in frame.columns]
     if missing or not frame.height or not isinstance(protocol, dict):
         what = f"lacks the columns {', '.join(missing)}" if missing else "holds no rollouts"

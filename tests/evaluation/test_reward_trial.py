@@ -5,7 +5,8 @@ import pytest
 from datasets import Dataset
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.reward_trial import read_rollouts, rewards_of, rollout_rows, try_rewards, write_rollouts
+from r2ec_trl.evaluation.report import write_frame
+from r2ec_trl.evaluation.reward_trial import read_rollouts, rewards_of, rollout_rows, try_rewards
 from r2ec_trl.evaluation.sampling import sample_users
 from r2ec_trl.rewards import fused_reward, ndcg_reward
 
@@ -86,7 +87,7 @@ def test_from_a_model_through_a_file_and_back(recommender, shop, tmp_path):
     rows = rollout_rows(samples, users, prompts, len(table))
     assert rows["history"].to_list() == [users["history"][i] for i in (0, 0, 0, 1, 1, 1)]
     assert rows["num_items"].unique().to_list() == [40]
-    write_rollouts(tmp_path / "r.parquet", rows, {"seed": 3})
+    write_frame(tmp_path / "r.parquet", rows, {"seed": 3})
     again, protocol = read_rollouts(tmp_path / "r.parquet")
     assert again.equals(rows) and protocol == {"seed": 3}
     assert rewards_of(again, fused_reward).tolist() == pytest.approx(
@@ -101,8 +102,8 @@ def test_from_a_model_through_a_file_and_back(recommender, shop, tmp_path):
 def test_files_that_are_none(tmp_path):
     (tmp_path / "text").write_text("x")
     Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "other.parquet")
-    write_rollouts(tmp_path / "less.parquet", rollouts().drop("rank"), {})
-    write_rollouts(tmp_path / "empty.parquet", rollouts().clear(), {})
+    write_frame(tmp_path / "less.parquet", rollouts().drop("rank"), {})
+    write_frame(tmp_path / "empty.parquet", rollouts().clear(), {})
     for name, word in {
         "text": "no file",
         "other.parquet": "no file",
