@@ -24,13 +24,14 @@ from rich import get_console
 from r2ec_trl.cli.dataset_choice import DataArguments, load_dataset
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.run_end import described, full_report
-from r2ec_trl.cli.run_start import check_writable, first_rows
+from r2ec_trl.cli.run_start import check_writable
 from r2ec_trl.cli.tables import systems_table
 from r2ec_trl.cli.terminal import say, start_logging
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation import learned_baselines as learned
 from r2ec_trl.evaluation.baselines import baseline_frame, item_to_item, popularity
 from r2ec_trl.evaluation.report import protocol, write_report
+from r2ec_trl.evaluation.users import first_rows
 
 SYSTEMS = ("popularity", "recent_popularity", "item_to_item", "ease", "sasrec", "hstu", "text_neighbours")
 COUNTS = ("popularity", "recent_popularity", "item_to_item")  # what nothing need be installed for

@@ -32,12 +32,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.bundle.meta import read_json
-from r2ec_trl.cli.bundle_choice import BundleArguments, check_catalogue, engine_of, load_bundle, make_bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments, bundle_and_rows, engine_of
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.reasoning_audit import audit_table, draw_audit
 from r2ec_trl.cli.run_end import write_evaluation
-from r2ec_trl.cli.run_start import check_writable, first_rows
+from r2ec_trl.cli.run_start import check_writable
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.comparison import check_rows, differences
@@ -178,12 +178,8 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
     if args.engine == "vllm" and accelerator.num_processes > 1:
         raise UserError("--engine vllm evaluates in one process; launch with `python`, or leave it out.")
     dataset, card = load_dataset(args.dataset, args.output_dir)
-    users = first_rows(dataset[args.split], args.max_eval_users)
-    if not len(users):
-        raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
-    bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
+    bundle, users = bundle_and_rows(args, policy_args, dataset, card)
     if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
-        check_catalogue(bundle, dataset, users)
         if args.record:
             raise UserError(f"The catalogue of {args.bundle} is not {args.dataset}'s; evaluate without --record.")
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)

@@ -19,11 +19,11 @@ import polars as pl
 from accelerate import PartialState
 from rich import get_console
 
-from r2ec_trl.cli.bundle_choice import BundleArguments, check_catalogue, load_bundle, make_bundle
+from r2ec_trl.cli.bundle_choice import BundleArguments, bundle_and_rows
 from r2ec_trl.cli.dataset_choice import load_dataset
 from r2ec_trl.cli.parsing import parse, run
 from r2ec_trl.cli.reward_trial import examples, trial_table
-from r2ec_trl.cli.run_start import check_writable, first_rows
+from r2ec_trl.cli.run_start import check_writable
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.report import finite, protocol, write_frame
@@ -69,12 +69,7 @@ def sampled(args: TrialArguments, policy_args: PolicyArguments) -> tuple[pl.Data
         raise UserError("try_reward.py samples in one process; launch it with `python`.")
     check_writable(Path(args.rollouts).parent)
     dataset, card = load_dataset(args.dataset, Path(args.rollouts).parent)
-    users = first_rows(dataset[args.split], args.max_eval_users)
-    if not len(users):
-        raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
-    bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
-    if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
-        check_catalogue(bundle, dataset, users)
+    bundle, users = bundle_and_rows(args, policy_args, dataset, card)
     limits = bundle.meta.protocol
     with bundle.precision():
         samples, _ = sample_users(

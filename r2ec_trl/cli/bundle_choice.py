@@ -14,6 +14,7 @@ from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.bundle.meta import Protocol
 from r2ec_trl.cli.dataset_choice import DataArguments
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.users import first_rows
 from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
 from r2ec_trl.policy.checks import check_start
 from r2ec_trl.policy.loading import PolicyArguments, checked_device, load_policy
@@ -34,8 +35,7 @@ class BundleArguments(DataArguments, RecommendationArguments):
     max_completion_length: int = field(default=512, metadata={"help": "Longest reasoning in tokens."})
     bf16: bool = field(default=False, metadata={"help": "Run forwards in bfloat16 (the scores stay float32)."})
     engine: str = field(
-        default="transformers",
-        metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]},
+        default="transformers", metadata={"help": "What writes the reasonings.", "choices": ["transformers", "vllm"]}
     )
     device: str | None = field(default=None, metadata={"help": "Device; the GPU if there is one, by default."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let code that comes with the model run."})
@@ -52,6 +52,22 @@ def load_bundle(args: BundleArguments, policy_args: PolicyArguments) -> Bundle:
     return Bundle.load(
         args.bundle or "", policy_args.model_name_or_path, _device(args), trust_remote_code=args.trust_remote_code
     )
+
+
+def bundle_and_rows(
+    args: Any, policy_args: PolicyArguments, dataset: DatasetDict, card: Mapping[str, Any]
+) -> tuple[Bundle, Dataset]:
+    """
+    The recommender, and the first `--max_eval_users` rows of `--split`; [`UserError`] where there are none, or where
+    rows know an item that a bundle's catalogue does not hold.
+    """
+    users = first_rows(dataset[args.split], args.max_eval_users)
+    if not len(users):
+        raise UserError(f"--split {args.split} of {args.dataset} gives no rows; choose another, or more users.")
+    bundle = load_bundle(args, policy_args) if args.bundle else make_bundle(args, policy_args, dataset, card)
+    if args.bundle and bundle.meta.hashes["catalogue"] != card["sha256"]["items"]:
+        check_catalogue(bundle, dataset, users)
+    return bundle, users
 
 
 def check_catalogue(bundle: Bundle, dataset: DatasetDict, users: Dataset) -> None:

@@ -87,12 +87,6 @@ def described(frame: pl.DataFrame, dataset: DatasetDict, test: Dataset) -> pl.Da
     return describe_rows(frame, test, target_counts(dataset["train"], dataset["items"]["item_id"][:]))
 
 
-def settings_of(args: RecommendationArguments, reasoning: str, **more: Any) -> dict[str, Any]:
-    """What of the arguments decides a figure: prompts, scoring, reasoning and what is passed besides."""
-    names = [field.name for field in dataclasses.fields(RecommendationArguments)]
-    return {**{name: getattr(args, name) for name in names}, "reasoning": reasoning, **more}
-
-
 def reasoning_shares(frame: pl.DataFrame, test: Dataset) -> dict[str, float]:
     """Share of marker-ended reasonings and, in the generated shop, of those that name the right family and stage."""
     shares = {"has_marker": float(frame["has_marker"].cast(pl.Float64).to_numpy().mean())}
@@ -235,16 +229,13 @@ def evaluate_bundle(
 
 
 def _facts(trainer: GreedyEvaluation, card: Mapping[str, Any], reasoning: str | None = None) -> dict[str, Any]:
-    """The protocol of a training run."""
+    """The protocol of a training run: prompts, scoring and reasoning are what decides a figure."""
     args: Any = trainer.args
     reasoning = reasoning or trainer.reasoning
-    settings = settings_of(
-        args,
-        reasoning,
-        max_completion_length=0 if reasoning == "none" else args.max_completion_length,
-        model=trainer.model.config._name_or_path,
-    )
-    return protocol(card, settings, args.seed)
+    settings = {one.name: getattr(args, one.name) for one in dataclasses.fields(RecommendationArguments)}
+    length = 0 if reasoning == "none" else args.max_completion_length
+    more = {"reasoning": reasoning, "max_completion_length": length, "model": trainer.model.config._name_or_path}
+    return protocol(card, {**settings, **more}, args.seed)
 
 
 def _result(

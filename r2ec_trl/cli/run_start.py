@@ -24,6 +24,7 @@ from r2ec_trl.cli.threads import use_cores
 from r2ec_trl.data.arrow import to_dataset
 from r2ec_trl.data.stable_hash import share_points
 from r2ec_trl.errors import UserError
+from r2ec_trl.evaluation.users import first_rows
 from r2ec_trl.files import explained
 from r2ec_trl.policy.ranges import check_ranges
 from r2ec_trl.training.health import HealthCallback
@@ -169,11 +170,6 @@ def rows_to_train(run_args: RunArguments, args: Any, dataset: DatasetDict) -> Da
         if name.startswith("history")
     ]
     return to_dataset(frame.with_columns(emptied))
-
-
-def first_rows(dataset: Dataset, count: int | None) -> Dataset:
-    """The first `count` rows, or all."""
-    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
 def callbacks_of(run_args: RunArguments) -> list[TrainerCallback]:

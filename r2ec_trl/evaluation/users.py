@@ -205,6 +205,11 @@ def without_histories(dataset: Dataset) -> Dataset:
     return Dataset.from_dict({"user_id": dataset["user_id"][:], "history": empty, "target": dataset["target"][:]})
 
 
+def first_rows(dataset: Dataset, count: int | None) -> Dataset:
+    """The first `count` rows, or all."""
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
 def own_rows(dataset: Dataset, accelerator: Accelerator) -> Dataset:
     """This process's share of a dataset's rows, dealt out one by one; row 0 where none is left for it."""
     rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)

@@ -1,6 +1,5 @@
 """The paper's "w/o reasoning" objective (M8): warm start for RecPO, and the baseline it must beat."""
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.comparison import compare_frames
-from r2ec_trl.evaluation.users import summarise_users
+from r2ec_trl.evaluation.users import first_rows, summarise_users
 from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.adapters import base_of
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right
@@ -223,9 +222,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         result = super().train(*args, **kwargs)
         if self.args.reasoning == "sampled" and isinstance(self.eval_dataset, Dataset):
             self.save_model()  # before the look at it: a run that is stopped there keeps what it learnt
-            users = self.eval_dataset.select(
-                range(min(len(self.eval_dataset), self.args.max_eval_users or sys.maxsize))
-            )
+            users = first_rows(self.eval_dataset, self.args.max_eval_users)
             none, full = (self.evaluate_frame(users, mode) for mode in ("none", "full"))
             change = compare_frames(none, full, seed=self.args.seed)
             shares = {name: summarise_users(full)[name] for name in ("missing_marker", "reasoning_tokens")}

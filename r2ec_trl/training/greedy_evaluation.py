@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl.models.utils import unwrap_model_for_generation
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.users import evaluate_users, gather_rows, own_rows, summarise_users
+from r2ec_trl.evaluation.users import evaluate_users, first_rows, gather_rows, own_rows, summarise_users
 from r2ec_trl.items.encoding import make_encoder, share_encoding
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.prompts import Prompts
@@ -113,9 +113,8 @@ class GreedyEvaluation(_Base):
             return {name: value for part in parts for name, value in part.items()}
         if dataset is None or len(dataset) == 0:
             raise UserError("`evaluate` has no users; give the trainer an `eval_dataset` with at least one.")
-        dataset = dataset.select(range(min(len(dataset), self.args.max_eval_users or len(dataset))))
         self.telemetry.come_to("evaluate")
-        figures = summarise_users(self.evaluate_frame(dataset))
+        figures = summarise_users(self.evaluate_frame(first_rows(dataset, self.args.max_eval_users)))
         metrics = {f"{metric_key_prefix}_recommendation/{name}": value for name, value in figures.items()}
         if gains := self.telemetry.train_ndcg:  # of sampled rollouts: what it has over validation is memory, mostly
             gap = sum(gains) / len(gains) - figures["ndcg@10"]
