@@ -1,10 +1,10 @@
 """`recipes/recpo.py --plan`: what a run would take, and the problems that can be seen before it starts."""
 
 import os
-import sys
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 
-from r2ec_trl.cli.doctor import known_bad_pairs
+from r2ec_trl.cli.doctor import installed, known_bad_pairs
 from r2ec_trl.cli.memory import (
     GIB,
     STAYS,
@@ -97,8 +97,8 @@ class Plan:
         if self.device_bytes is not None:
             memory.add_row("the device has", f"{self.device_bytes / GIB:,.2f}")
         versions = _table("package", "installed")
-        for name, installed in self.versions.items():
-            versions.add_row(name, installed)
+        for pair in self.versions.items():
+            versions.add_row(*pair)
         problems = [f"[bold yellow]problem[/] {escape(sentence)}" for sentence in self.problems]
         return Group(facts, memory, versions, *(problems or ["[green]no problem seen[/]"]))
 
@@ -232,15 +232,8 @@ def _config_problems(plan: Plan, args: RecPOConfig, policy: PolicyArguments, con
             f"Prompt and completion take up to {length:,} tokens, the model reads {limit:,}; lower "
             "--max_prompt_length or --max_completion_length."
         )
-    if (
-        getattr(text, "attn_logit_softcapping", None)
-        and not plan.shape.eager
-        and policy.attn_implementation
-        in (
-            None,
-            "sdpa",
-        )
-    ):
+    caps = getattr(text, "attn_logit_softcapping", None) and not plan.shape.eager
+    if caps and policy.attn_implementation in (None, "sdpa"):
         problems.append(
             "This model caps its attention scores, which PyTorch's own attention leaves out in silence; add "
             "--attn_implementation eager (or flash_attention_2)."
@@ -276,13 +269,7 @@ def _config_problems(plan: Plan, args: RecPOConfig, policy: PolicyArguments, con
 
 def installed_versions() -> dict[str, str]:
     """Version of each package that matters, "-" where it is not installed."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "-"
-    return versions
+    return {"python": platform.python_version(), **{name: installed(name) or "-" for name in PACKAGES}}
 
 
 def version_problems(versions: Mapping[str, str], requirements: list[str] | None = None) -> list[str]:

