@@ -11,6 +11,7 @@ from rich.table import Table
 from r2ec_trl.cli.terminal import printable
 from r2ec_trl.data.audit import LEAKS
 from r2ec_trl.data.schema import ITEMS, SPLITS
+from r2ec_trl.evaluation.report import flat
 
 _ROWS = {
     "rows": "rows",
@@ -40,12 +41,11 @@ def audit_tables(audit: Mapping[str, Any], card: Mapping[str, Any]) -> Iterator[
             The dataset card, or what is known of it.
     """
     yield _splits(audit, card)
-    yield _pairs("catalogue", _flat(audit["catalogue"]))
-    facts = dict(_flat(card.get("facts", {})))
-    if facts:
-        yield _pairs("interactions", facts.items())
+    yield _pairs("catalogue", flat(audit["catalogue"], joint=": "))
+    if facts := flat(card.get("facts", {}), joint=": "):
+        yield _pairs("interactions", facts)
     if card.get("dropped"):
-        yield _pairs("left out, by cause", card["dropped"].items())
+        yield _pairs("left out, by cause", card["dropped"])
     if card.get("published"):
         yield _published(card["published"])
     if card.get("prompt_lengths"):
@@ -108,21 +108,13 @@ def _prompts(lengths: Mapping[str, Any]) -> Table:
     return table
 
 
-def _pairs(title: str, pairs: Any) -> Table:
+def _pairs(title: str, pairs: Mapping[str, Any]) -> Table:
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
-    for name, value in pairs:
+    for name, value in pairs.items():
         table.add_row(_text(str(name).replace("_", " ")), _cell(value))
     return table
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}: ")
-        else:
-            yield prefix + name, value
 
 
 def _cell(value: Any) -> str:

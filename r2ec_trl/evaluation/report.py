@@ -196,14 +196,15 @@ def _figures(
     return figures
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(mapping: Mapping[str, Any], prefix: str = "", joint: str = ".") -> dict[str, Any]:
     """
-    Nested keys joined with dots.
+    Nested keys joined, by dots unless `joint` is something else.
 
     >>> flat({"a": {"b": 1, "c": {"d": 2}}})
     {'a.b': 1, 'a.c.d': 2}
     """
     found: dict[str, Any] = {}
     for key, value in mapping.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        name = f"{prefix}{key}"
+        found |= flat(value, name + joint, joint) if isinstance(value, Mapping) else {name: value}
     return found

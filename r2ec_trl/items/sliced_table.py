@@ -63,7 +63,7 @@ class SlicedTable(ItemTable):
 
     def take(self, indices: Sequence[int]) -> torch.Tensor:
         """Rows of any process, `(n, d)`, the same on all."""
-        held = self._held()
+        held = super().rows
         rows = held.new_zeros(len(indices), held.shape[1])
         mine = [position for position, row in enumerate(indices) if row % self.processes == self.process]
         rows[mine] = held[[indices[position] // self.processes for position in mine]]
@@ -73,7 +73,7 @@ class SlicedTable(ItemTable):
     def put(self, indices: Sequence[int], rows: torch.Tensor) -> None:
         """Overwrite the rows among them that this process holds."""
         mine = [position for position, row in enumerate(indices) if row % self.processes == self.process]
-        self._held()[[indices[position] // self.processes for position in mine]] = rows[mine].to(self.device)
+        super().rows[[indices[position] // self.processes for position in mine]] = rows[mine].to(self.device)
 
     @torch.no_grad()
     def rank(
@@ -86,7 +86,7 @@ class SlicedTable(ItemTable):
         keep_target: bool = True,
     ) -> CatalogueScores:
         """[`~r2ec_trl.items.scoring.target_rank_and_logprob`] over the rows of all processes."""
-        held = self._held()
+        held = super().rows
         excluded = targets.new_empty(len(targets), 0) if excluded is None else excluded
         same = excluded == targets[:, None]  # (B, H)
         missed = same.any(dim=1) & (not keep_target)
@@ -119,7 +119,7 @@ class SlicedTable(ItemTable):
         self, states: torch.Tensor, k: int, *, excluded: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[`~r2ec_trl.items.scoring.top_k`] over the rows of all processes."""
-        held = self._held()
+        held = super().rows
         excluded = torch.empty(len(states), 0, dtype=torch.int64, device=held.device) if excluded is None else excluded
         counts = self._gather_sizes(len(states), excluded.shape[1])
         states = self._gather(states, 0.0)
@@ -135,8 +135,8 @@ class SlicedTable(ItemTable):
         indices = self.accelerator.gather(indices).view(self.processes, everyone, -1).transpose(0, 1).flatten(1)
         order = indices.argsort(dim=1, stable=True)  # ties: the lower index first
         order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
-        order = order[self._mine([rows for rows, _ in counts]), : min(k, len(self))]
         mine = self._mine([rows for rows, _ in counts])
+        order = order[mine, : min(k, len(self))]
         return scores[mine].gather(1, order), indices[mine].gather(1, order)
 
     def whole(self) -> ItemTable | None:
@@ -156,11 +156,6 @@ class SlicedTable(ItemTable):
     def load(self, folder: str | os.PathLike) -> None:
         """Refused: a saved table holds every row, not this process's."""
         raise UserError("A sliced item table is not read from a folder.")
-
-    def _held(self) -> torch.Tensor:
-        if self._rows is None:
-            raise UserError("The item table is empty; call `refresh` with an encoder first.")
-        return self._rows
 
     def _local(self, indices: torch.Tensor) -> torch.Tensor:
         """Positions in this process's slice; -1 for rows that others hold, and for -1."""
