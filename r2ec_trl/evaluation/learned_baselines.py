@@ -117,21 +117,20 @@ def recent_popularity(train: Rows, item_ids: Sequence[str]) -> Paths:
         yield [({"share": share}, counts)]
 
 
-def ease(train: Rows, item_ids: Sequence[str], grid: dict[str, tuple] | None = None) -> Paths:
+def ease(train: Rows, item_ids: Sequence[str]) -> Paths:
     """
     EASE: a linear item-item model in closed form, fed with the newest `history_items` purchases of a user. Scores are
     the paper's, x B; RecTools' own `recommend` multiplies with the transpose of its weights (0.19).
     """
     from rectools.models import EASEModel
 
-    index = {item_id: position for position, item_id in enumerate(item_ids)}
-    counts = popularity(train, item_ids).popularity
+    popular = popularity(train, item_ids)
+    index, counts = popular.index, popular.popularity
     dataset = _dataset(train_sequences(positions(train, index), train["user_id"][:]))
-    grid = grid or EASE
-    for regularization in grid["regularization"]:
+    for regularization in EASE["regularization"]:
         model = EASEModel(regularization=regularization).fit(dataset)
         known = dataset.item_id_map.external_ids.astype(np.int64)
-        for newest in grid["history_items"]:
+        for newest in EASE["history_items"]:
             score = partial(_linear_scores, model.weight, known, newest, len(index))
             settings = {"regularization": regularization, "history_items": newest}
             yield [(settings, ScoredBaseline(index, partial(_or_popularity, score, set(known.tolist()), counts)))]
@@ -180,8 +179,8 @@ def transformers(
         max_epochs (`int`, *optional*, defaults to 100):
             Of each model.
     """
-    index = {item_id: position for position, item_id in enumerate(item_ids)}
-    counts = popularity(train, item_ids).popularity
+    popular = popularity(train, item_ids)
+    index, counts = popular.index, popular.popularity
     sequences = train_sequences(positions(train, index), train["user_id"][:])
     dataset = _dataset([piece for one in sequences for piece in pieces(one, max_history_items + 1)])
 
@@ -216,8 +215,8 @@ def text_neighbours(train: Rows, items: Any, encoder: str) -> Paths:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(encoder)
-    index = {item_id: position for position, item_id in enumerate(items["item_id"][:])}
-    counts = popularity(train, list(index)).popularity
+    popular = popularity(train, items["item_id"][:])
+    index, counts = popular.index, popular.popularity
     more = [
         name for name, kind in items.features.items() if kind.dtype == "string" and name not in ("item_id", "title")
     ]

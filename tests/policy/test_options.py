@@ -119,9 +119,7 @@ def test_every_field_is_named_once_and_none_that_is_gone():
     named = [*OBEYED, *TRLS, *REFUSED]
     assert sorted(named) == sorted(set(named))
     new, gone = set(FIELDS) - set(named), set(named) - set(FIELDS) - NEWER
-    assert (
-        not new
-    ), f"a release brought {new}: decide what they mean: obeyed or TRL's (this file), or refused (r2ec_trl/policy/options.py)"
+    assert not new, f"a release brought {new}: obeyed or TRL's (say so here), or refused in policy/options.py?"
     assert not gone, f"a release dropped {gone}: take them out"
 
 
