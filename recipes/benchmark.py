@@ -29,7 +29,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.files import write_text
 
 _BY_HAND = ("serve",)  # loads a server for minutes, and compares nothing
-_SHARED = ("models", "timing", "replayed", "sampled", "whole_step")
+_SHARED = ("timing", "replayed", "sampled", "whole_step")
 
 
 def main() -> None:

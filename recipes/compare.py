@@ -79,10 +79,9 @@ def main() -> None:
         raise UserError(f"--after names a system {clash.pop()!r} as well as --before; give it another name.")
     frames, protocols = {}, {}
     for folder in [*folders, *(one for runs in systems.values() for one in runs)]:
-        frames[folder], protocol = read_ranks(folder)
-        protocols[folder] = protocol
+        frames[folder], protocols[folder] = read_ranks(folder)
         both = f"{folders[0]} and {folder}"
-        differing = differences(protocols[folders[0]], protocol, both)
+        differing = differences(protocols[folders[0]], protocols[folder], both)
         check_rows(frames[folders[0]], frames[folder], both)
         for key, (one, other) in differing.items():
             say(f"{folder}: {key}: {one} -> {other}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import random
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +155,7 @@ def make_trainer(args: dict[str, Any], folder: str, watch: Watch, **settings: An
         "seed": 0,
     }
     torch.manual_seed(1)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        target_modules="all-linear",
-        init_lora_weights=False,
-    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     prompts = {
         "user_template": "{history}",
         "item_template": "{fields}",
@@ -191,26 +188,32 @@ def make_trainer(args: dict[str, Any], folder: str, watch: Watch, **settings: An
     return trainer
 
 
-def main() -> None:
-    """Answer each line of the input with one line."""
-    args = json.loads(sys.argv[1])
+def side(args: dict[str, Any], folder: str) -> Callable[[str], Any]:
+    """What answers `step` and `gradient of …`."""
+    watch = Watch()
+    trainer = functools.cache(lambda: make_trainer(args, folder, watch, **args["settings"]))
+
+    def answer(wanted: str) -> Any:
+        if wanted.startswith("gradient"):
+            off = {} if "both" in wanted or args["kind"] == "stock" else {"item_coef": 0.0}
+            other = Watch()
+            make_trainer(args, folder, other, **args["settings"], **off).train()
+            return other.gradient
+        trainer().train()
+        return {"cpu": watch.cpu, "wall": watch.wall, "peak_mib": watch.peak}
+
+    return answer
+
+
+def answer_lines(make: Callable[[dict[str, Any], str], Callable[[str], Any]]) -> None:
+    """Answer each line of the input with one line; `make` gets the process's settings and a folder of its own."""
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        watch, trainer = Watch(), None
+        answer = make(json.loads(sys.argv[1]), folder)
         for line in sys.stdin:
-            wanted = line.strip()
-            if wanted.startswith("gradient"):
-                off = {} if "both" in wanted or args["kind"] == "stock" else {"item_coef": 0.0}
-                other = Watch()
-                make_trainer(args, folder, other, **args["settings"], **off).train()
-                answer: Any = other.gradient
-            else:
-                trainer = trainer or make_trainer(args, folder, watch, **args["settings"])
-                trainer.train()
-                answer = {"cpu": watch.cpu, "wall": watch.wall, "peak_mib": watch.peak}
-            print(json.dumps({"answer": answer}), flush=True)
+            print(json.dumps({"answer": answer(line.strip())}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(side)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.replayed import shop, tokenizer
+from benchmarks.replayed import answer_lines, shop, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -136,23 +132,20 @@ def vllm(args: dict[str, Any], folder: str) -> Ask:
     return ask
 
 
-def main() -> None:
-    """Answer each line of the input with one line."""
-    args = json.loads(sys.argv[1])
-    logging.basicConfig(level=logging.ERROR)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        ask = {"recpo": recpo, "older": recpo, "transformers": transformers, "vllm": vllm}[args["kind"]](args, folder)
-        for line in sys.stdin:
-            if line.strip() == "greedy":
-                answer: Any = ask(True)
-            else:
-                start = time.process_time(), time.perf_counter()
-                ask(False)
-                took = time.process_time() - start[0], time.perf_counter() - start[1]
-                answer = {"cpu": took[0], "wall": took[1], "peak_mib": 0.0}
-            print(json.dumps({"answer": answer}), flush=True)
+def side(args: dict[str, Any], folder: str) -> Callable[[str], Any]:
+    """What answers `greedy` and `step`."""
+    ask = {"recpo": recpo, "older": recpo, "transformers": transformers, "vllm": vllm}[args["kind"]](args, folder)
+
+    def answer(wanted: str) -> Any:
+        if wanted == "greedy":
+            return ask(True)
+        start = time.process_time(), time.perf_counter()
+        ask(False)
+        took = time.process_time() - start[0], time.perf_counter() - start[1]
+        return {"cpu": took[0], "wall": took[1], "peak_mib": 0.0}
+
+    return answer
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(side)

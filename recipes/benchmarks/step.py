@@ -62,11 +62,7 @@ class Side:
         environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{_RECIPES}", "OMP_NUM_THREADS": "1"}
         words = json.dumps({"kind": kind, "settings": settings, **asdict(args)})
         self.process = subprocess.Popen(
-            [python, str(script), words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
+            [python, str(script), words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
         self.peak = 0.0
 

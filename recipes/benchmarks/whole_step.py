@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.replayed import tokenizer as byte_tokenizer
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from r2ec_trl.cli.memory import GIB, Precision, Workload, memory_plan, model_shape
@@ -85,10 +85,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-)
-EOS, PAD = "<eos>", "<pad>"
 PARTS = ("generate", "sync", "score", "items", "train")
 
 
@@ -114,18 +110,6 @@ class StepArguments:
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3, metadata={"help": "Share of the GPU that the engine takes."}
-    )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: the length of a text is the length of its prompt."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([PAD, EOS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, chat_template=CHAT_TEMPLATE, padding_side="left"
     )
 
 
