@@ -33,13 +33,7 @@ def hit_at_k(ranks: ArrayLike, k: int) -> Values:
 def ndcg_at_k(ranks: ArrayLike, k: int) -> Values:
     r"""NDCG@k with one relevant item (M1): \\( 1/\log_2(\text{rank}+1) \\) where the rank is at most k, else 0.
 
-    `ndcg_at_k([1, 3, 11], 10)` is `[1, 0.5, 0]`.
-
-    Args:
-        ranks (array-like of `int`):
-            1-based ranks of the targets.
-        k (`int`):
-            Cutoff. It may exceed the number of items.
+    `ndcg_at_k([1, 3, 11], 10)` is `[1, 0.5, 0]`; arguments as in [`hit_at_k`].
     """
     ranks = _ranks(ranks)
     return np.where(ranks <= _cutoff(k), 1.0 / np.log2(ranks + 1.0), 0.0)
@@ -48,11 +42,7 @@ def ndcg_at_k(ranks: ArrayLike, k: int) -> Values:
 def reciprocal_rank(ranks: ArrayLike, k: int | None = None) -> Values:
     """1/rank, and 0 beyond the cutoff if there is one: `reciprocal_rank([1, 4, 11], 10)` is `[1, 0.25, 0]`.
 
-    Args:
-        ranks (array-like of `int`):
-            1-based ranks of the targets.
-        k (`int`, *optional*):
-            Cutoff. Without one every rank counts.
+    Arguments as in [`hit_at_k`]; without a cutoff every rank counts.
     """
     ranks = _ranks(ranks)
     return 1.0 / ranks if k is None else np.where(ranks <= _cutoff(k), 1.0 / ranks, 0.0)

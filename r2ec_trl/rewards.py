@@ -2,7 +2,8 @@
 
 Every reward takes lists with one entry per rollout. [`RecPOTrainer`] adds to TRL's keyword arguments `target_rank`
 (1-based), `target_prob` (softmax over the catalogue, M2), `target_score`, `top_item_ids`, `num_items` and every column
-of the dataset; a reward names those it wants and takes the others as `**kwargs`.
+of the dataset; a reward names those it wants and takes the others as `**kwargs`. The `completions` themselves are
+not looked at by those below.
 """
 
 import functools
@@ -33,8 +34,6 @@ def ndcg_reward(completions: list, target_rank: list[int], reward_cutoff: int = 
     r"""NDCG@k of the target's rank (M1): \\( R_d = 1/\log_2(\text{rank}+1) \\) if the rank is at most k, else 0.
 
     Args:
-        completions (`list`):
-            Rollouts, not looked at.
         target_rank (`list[int]`):
             1-based rank of the target in the catalogue.
         reward_cutoff (`int`, *optional*, defaults to `1000`):
@@ -85,8 +84,6 @@ def target_probability_reward(completions: list, target_prob: list[float], **kwa
     r"""Softmax over the catalogue, at the target (M2): \\( R_c = \text{softmax}(h_T \cdot h_v / \tau) \\).
 
     Args:
-        completions (`list`):
-            Rollouts, not looked at.
         target_prob (`list[float]`):
             Probability of the target.
 
@@ -112,16 +109,12 @@ def fused_reward(
     r"""The paper's reward (M3): \\( R = \beta R_c + (1-\beta) R_d \\), probability and NDCG@k of the target.
 
     Args:
-        completions (`list`):
-            Rollouts, not looked at.
-        target_rank (`list[int]`):
-            1-based rank of the target in the catalogue.
+        target_rank, reward_cutoff:
+            As in [`ndcg_reward`].
         target_prob (`list[float]`):
             Probability of the target (M2).
         reward_mix (`float`, *optional*, defaults to `0.05`):
             The paper's beta, the share of the probability.
-        reward_cutoff (`int`, *optional*, defaults to `1000`):
-            k of M1.
 
     Example:
 
@@ -144,10 +137,8 @@ def length_reward(
     """Minus the number of tokens, the marker's included, over the most that is allowed.
 
     Args:
-        completions (`list`):
-            Rollouts, not looked at.
         completion_ids (`list[list[int]]`):
-            Their token ids.
+            Token ids of the rollouts.
         max_completion_length (`int`, *optional*, defaults to `64`):
             What counts as 1.
 
@@ -172,10 +163,8 @@ def soft_overlong_reward(
     """[`~trl.rewards.get_soft_overlong_punishment`]: 0, falling to -1 over the last tokens before the limit.
 
     Args:
-        completions (`list`):
-            Rollouts, not looked at.
         completion_ids (`list[list[int]]`):
-            Their token ids.
+            Token ids of the rollouts.
         max_completion_length (`int`, *optional*, defaults to `64`):
             The limit.
         soft_punish_cache (`int`, *optional*, defaults to `16`):
