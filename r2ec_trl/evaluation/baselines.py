@@ -124,17 +124,6 @@ class CountingBaseline:
     transitions: Transitions | None
     max_history_items: int
 
-    def ranks(self, dataset: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """1-based ranks over the whole catalogue; ties count against the target.
-
-        Returns:
-            `tuple[numpy.ndarray, numpy.ndarray]`: the rank of each row's target, and its rank with the history masked
-            (N + 1, a miss, if the target is a history item itself).
-        """
-        pairs = [(rank, masked) for rank, masked, _ in self.answers(positions(dataset, self.index))]
-        rank, rank_masked = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-        return rank, rank_masked
-
     def answers(self, rows: Iterable[Positions]) -> Iterator[Answer]:
         """See [`Baseline`]."""
         for history, target in rows:
@@ -206,9 +195,8 @@ def item_to_item(train: Rows, item_ids: Sequence[str], max_history_items: int = 
 
     ```python
     >>> baseline = item_to_item({"history": [["a", "b"]], "target": ["c"]}, ["a", "b", "c", "d"])
-    >>> rank, rank_masked = baseline.ranks({"history": [["a"], ["a"]], "target": ["c", "d"]})
-    >>> rank.tolist(), rank_masked.tolist()
-    ([1, 4], [1, 3])
+    >>> [(rank, rank_masked) for rank, rank_masked, _ in baseline.answers([([0], 2), ([0], 3)])]
+    [(1, 1), (4, 3)]
 
     ```
     """

@@ -94,11 +94,6 @@ class MarkerReader:
                 low = middle + 1
         return low
 
-    def cut(self, ids: Sequence[int]) -> list[int]:
-        """`ids` through the marker, or all of them where there is none."""
-        end = self.end(ids)
-        return list(ids if end is None else ids[:end])
-
     def finish(self, ids: Sequence[int], end_ids: Container[int]) -> Rollout:
         """
         Make a rollout of sampled ids: cut at the marker, or, without one, drop the end-of-sequence token with what

@@ -95,11 +95,6 @@ def test_marker_in_the_middle_of_a_token():
     assert rollout.ids == [2, 0, 1] and rollout.trained == [1, 1, 1] and rollout.overflows and rollout.has_marker
 
 
-def test_cut_keeps_ids_without_a_marker(reader, ids_of):
-    assert reader.cut(ids_of("guitar")) == ids_of("guitar")
-    assert reader.cut([]) == []
-
-
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
 def test_length_sorted_batches_hold_each_index_once_within_the_budget(lengths, budget):
     batches = length_sorted_batches(lengths, budget)
