@@ -230,6 +230,20 @@ def test_a_table_that_was_written_to_is_measured_again(precision):
         assert scoring._longest(rows) == pytest.approx(1e6)
 
 
+@pytest.mark.parametrize("kernels", ["high", "medium"])
+def test_kernels_of_reduced_precision_leave_every_pair_to_float64(monkeypatch, kernels):
+    """TF32 has steps of 2^-11 and bfloat16 of 2^-8, where the bound counts on float32's 2^-24."""
+    monkeypatch.setattr(scoring, "FLOAT64_PRODUCTS", 0)
+    states, rows, targets, _ = problem(4, 500, 16)
+    before, origin = torch.get_float32_matmul_precision(), torch.zeros(4)
+    assert scoring._Float32(states, rows).bound(origin) is not None
+    try:
+        torch.set_float32_matmul_precision(kernels)
+        assert scoring._Float32(states, rows).bound(origin) is None
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_large_catalogue_takes_one_float32_product(precision):
     """No float64 product of the whole, and no more memory than two chunks and the pairs that are settled."""
     states, rows, targets, _ = problem(16, 20_000, 8)
@@ -323,9 +337,12 @@ def test_top_k_hand_worked():
     """Equal scores: the lower row first. Row 3 is excluded for the first user, row 0 is allowed for nobody."""
     states, rows = torch.tensor([[1.0], [-1.0]]), torch.tensor([[0.9], [0.5], [0.5], [0.7], [-0.2]])
     allowed = torch.tensor([False, True, True, True, True])
-    scores, indices = top_k(states, rows, 3, excluded=torch.tensor([[3, 3], [-1, -1]]), allowed=allowed)
-    assert indices.tolist() == [[1, 2, 4], [4, 1, 2]]
-    assert scores[0].tolist() == pytest.approx([0.5, 0.5, -0.2])
+    for size in (None, 2):  # row 3 is the second of its chunk, as row 1 is
+        for given, best in ((allowed, [[1, 2, 4], [4, 1, 2]]), (~allowed, [[0, -1, -1], [0, -1, -1]])):
+            excluded = torch.tensor([[3, 3], [-1, -1]])
+            scores, indices = top_k(states, rows, 3, excluded=excluded, allowed=given, chunk_size=size)
+            assert indices.tolist() == best
+    assert top_k(states, rows, 2, allowed=allowed)[0][0].tolist() == pytest.approx([0.7, 0.5])
 
 
 def test_top_k_takes_minus_zero_for_zero():

@@ -58,6 +58,26 @@ def test_cosine_rows_have_length_one_and_no_gradient(small):
     table.refresh(lambda sequences: counting_encoder(1.0)(sequences).bfloat16() * weight)
     assert table.rows.dtype == torch.float32 and not table.rows.requires_grad
     assert (table.rows.norm(dim=1) - 1).abs().max() < 1e-6
+    table.refresh(counting_encoder(1.0), [2])
+    assert table.rows[2].tolist() == pytest.approx([3 / 10**0.5, 1 / 10**0.5])
+
+
+def test_rows_taken_are_a_copy(small):
+    small.refresh(counting_encoder(0.0))
+    taken = small.take(range(4))
+    small.refresh(counting_encoder(1.0), [0, 1, 2, 3])
+    assert taken[:, 1].tolist() == [0, 0, 0, 0] and small.rows[:, 1].tolist() == [1, 1, 1, 1]
+
+
+def test_a_masked_repeat_is_a_miss_and_the_best_leave_it_out(small):
+    """Scores 1, 2, 3, 4: the third of four has rank 2; masked as a repeat it is a miss, rank 5."""
+    small.refresh(counting_encoder(0.0))
+    state, target, excluded = torch.tensor([[1.0, 0.0]]), torch.tensor([2]), torch.tensor([[2]])
+    ranks = [
+        small.rank(state, target, temperature=1.0, excluded=excluded, keep_target=kept).rank.item()
+        for kept in (True, False)
+    ]
+    assert ranks == [2, 5] and small.best(state, 3, excluded=excluded)[1].tolist() == [[3, 1, 0]]
 
 
 @settings(max_examples=60)
@@ -98,6 +118,7 @@ def test_refuses_repeated_ids_tiny_catalogues_and_unknown_similarities():
 
 def test_save_and_load_round_trip(small, tmp_path):
     small.refresh(counting_encoder(0.5))
+    assert small.next_slice(3) == [0, 1]
     small.save(tmp_path / "table")
     assert sorted(path.name for path in (tmp_path / "table").iterdir()) == [
         "item_table.json",
@@ -106,6 +127,7 @@ def test_save_and_load_round_trip(small, tmp_path):
     again = ItemTable(small.item_ids, small.token_ids, similarity="dot")
     again.load(tmp_path / "table")
     assert torch.equal(again.rows, small.rows) and again.text_hash == small.text_hash
+    assert again.next_slice(3) == [2]  # the round goes on
 
 
 def test_load_refuses_another_catalogue_prompt_or_similarity(small, tmp_path):
