@@ -210,6 +210,41 @@ def test_a_removed_folder_never_stands_half_deleted(tmp_path, monkeypatch):
     assert not (tmp_path / "folder").exists() and len(names(tmp_path)) == 1
 
 
+def test_who_has_ended_and_is_not_waited_for_is_gone_too(tmp_path):
+    """A zombie still has its number and its start in /proc."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mine = files._scratch(tmp_path / "a", "unfinished").name
+    pid, started = f"-{os.getpid()}-", f"-{files._started(os.getpid())}-"
+    name = mine.replace(pid + started[1:], f"-{child.pid}-{files._started(child.pid)}-")
+    (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [name]
+    child.stdin.close()
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    remove_leftovers(tmp_path)
+    assert not names(tmp_path)
+    child.wait()
+
+
+def test_a_lock_that_its_last_owner_deleted_is_no_lock(tmp_path, monkeypatch):
+    """Between opening and locking the file was deleted: another may hold a new one of that name."""
+    real, calls = files.fcntl.flock, []
+
+    def flock(handle, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        return real(handle, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with lock_folder(tmp_path):
+        assert len(calls) == 2 and names(tmp_path) == [".lock"]
+        with pytest.raises(UserError, match="is being changed by"):
+            lock_folder(tmp_path, timeout=0).__enter__()
+    assert not names(tmp_path)
+
+
 def test_the_owner_of_a_lock_is_named(tmp_path):
     with lock_folder(tmp_path):
         with pytest.raises(UserError, match=f"is being changed by process {os.getpid()} on .* within 0.1 seconds"):

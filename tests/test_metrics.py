@@ -15,10 +15,12 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.metrics import (
     bootstrap_interval,
     hit_at_k,
+    holm,
     metric_values,
     ndcg_at_k,
     paired_bootstrap,
     reciprocal_rank,
+    sign_flip_p,
     summarise_ranks,
 )
 
@@ -150,3 +152,29 @@ def test_paired_interval_is_narrower_than_its_sides():
     before = np.random.default_rng(0).random(100)
     result = paired_bootstrap(before + 0.1, before)
     assert result == pytest.approx({"difference": 0.1, "low": 0.1, "high": 0.1})
+
+
+def test_runs_are_drawn_one_less_than_there_are_and_each_side_by_itself():
+    """
+    One run of five hits, whoever the user: of four drawn, at most two hit in .9728 of the draws, at most three in
+    .9984, so the 98 % quantile is 3/4 (five drawn: 3/5). Against five such runs, drawn apart from these, the
+    difference is at least 2/4 in .0855 of the draws and at least 3/4 in .0118.
+    """
+    runs, nothing = np.zeros((5, 20)), np.zeros(20)
+    runs[3] = 1
+    found = paired_bootstrap(runs, nothing, level=0.96)
+    assert found == pytest.approx({"difference": 0.2, "low": 0.0, "high": 0.75})
+    assert paired_bootstrap(nothing, runs, level=0.96) == pytest.approx({"difference": -0.2, "low": -0.75, "high": 0})
+    assert paired_bootstrap(runs, runs, level=0.96) == pytest.approx({"difference": 0, "low": -0.5, "high": 0.5})
+
+
+def test_holm_by_hand():
+    """Smallest times 3, the next times 2, the last times 1, and none below the one before; never above 1."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_sign_flips_repeat_with_their_seed():
+    differences = np.random.default_rng(0).normal(0.2, 1, 30)
+    one, again, other = (sign_flip_p(differences, seed=seed) for seed in (0, 0, 1))
+    assert one == again != other == pytest.approx(one, abs=0.03)

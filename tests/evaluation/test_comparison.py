@@ -59,16 +59,21 @@ def test_a_comparison_draws_users_with_all_their_rows_and_by_its_seed():
     )
     figure = compare_frames(before, after, ks=[1])["unmasked"]["hit@1"]
     assert (figure["difference"], figure["low"], figure["high"]) == (0.5, 0.0, pytest.approx(30 / 38))
-    rows = pl.concat([frame()] * 50).with_columns(user_id=pl.Series([f"u{row}" for row in range(200)]))
-    worse = rows.with_columns(rank=pl.Series([(7 * row) % 23 + 1 for row in range(200)]))
+    assert figure["p"] == 1  # one user's sign: as far from 0 either way
+    rows = pl.concat([frame(rank=(1, 3, 9, 10))] * 50)
+    rows = rows.with_columns(user_id=pl.Series([f"u{row}" for row in range(200)]))
+    worse = rows.with_columns(rank=pl.Series([(7 * row) % 10 + 1 for row in range(200)]))
     one, again, other = (compare_frames(rows, worse, ks=[5], seed=seed)["unmasked"]["ndcg@5"] for seed in (0, 0, 1))
-    assert one == again and one["difference"] == other["difference"] and one["low"] != other["low"]
+    assert one == again and one["difference"] == other["difference"]
+    assert one["low"] != other["low"] and one["p"] != other["p"] and 0.01 < one["p"] < 0.99
 
 
 @pytest.mark.parametrize("other", [frame()[:3], frame()[::-1], frame().with_columns(user_id=pl.lit("x"))])
 def test_other_rows_are_refused(other):
     with pytest.raises(UserError, match="not of the same users and targets"):
         compare_frames(frame(), other)
+    with pytest.raises(UserError, match="not of the same users and targets"):
+        compare_runs([frame(), other], {"same": [frame()]}, ["hit@1"])
 
 
 def test_a_run_and_itself():

@@ -1,15 +1,18 @@
 """Greedy evaluation: one row a user in order, both masks, altered reasoning; HF's flags choose and stop by it."""
 
+from types import SimpleNamespace
+
 import polars as pl
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import double_model, forward, unit
 from transformers import EarlyStoppingCallback
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.users import alter_reasoning, evaluate_users, summarise_users
+from r2ec_trl.evaluation.users import alter_reasoning, evaluate_users, gather_rows, own_rows, summarise_users
 from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.metrics import ndcg_at_k
 from r2ec_trl.policy.answer_state import add_answer_state
@@ -201,3 +204,44 @@ def test_best_model_and_early_stopping_by_hfs_flags(make_trainer, monkeypatch):
     now = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
     assert all(torch.equal(a, b) for a, b in zip(now, weights[0], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(now, weights[2], strict=True))
+
+
+# ----------------------------------------------------------------------------------- users and processes
+def test_who_bought_nothing_is_answered_as_themselves_among_others(recommender, shop):
+    model, prompts, table = recommender
+    first, second = shop["test"].select([0, 1]).to_list()
+    nobody = {**first, "history": [], "history_ratings": [], "history_timestamps": []}
+    users = [second, nobody, first]
+    together = evaluate_users(model, prompts, table, shop["test"].from_list(users), 3, 0.05)
+    alone = [evaluate_users(model, prompts, table, shop["test"].from_list([user]), 3, 0.05) for user in users]
+    columns = ["user_id", "rank", "rank_masked", "reasoning", "top_item_ids"]
+    assert together[columns].equals(pl.concat(alone)[columns])
+    assert together["logprob"].to_list() == pytest.approx(pl.concat(alone)["logprob"].to_list(), abs=1e-4)
+
+
+def test_rows_of_several_processes_come_back_in_order(monkeypatch):
+    """Two of three processes have rows of five: 0 3, 1 4; the third has row 2 alone; of two rows it has none."""
+    accelerators = [SimpleNamespace(process_index=index, num_processes=3) for index in range(3)]
+    for count in (5, 2):
+        dataset = Dataset.from_dict({"user_id": [f"u{row}" for row in range(count)]})
+        frames = [own_rows(dataset, one).to_polars() for one in accelerators]
+        assert [frame.height for frame in frames] == ([2, 2, 1] if count == 5 else [1, 1, 1])
+        monkeypatch.setattr("r2ec_trl.evaluation.users.gather_object", lambda mine: frames)
+        assert gather_rows(frames[0], count)["user_id"].to_list() == dataset["user_id"][:]
+
+
+def test_the_interval_draws_users_with_all_their_rows():
+    """One user with ten hits, ten with a miss each: as rows the interval would lie between .28 and .72."""
+    frame = pl.DataFrame(
+        {
+            "user_id": ["heavy"] * 10 + [f"light{user}" for user in range(10)],
+            "rank": [1] * 10 + [99] * 10,
+            "rank_masked": [99] * 10 + [1] * 10,
+            "has_marker": [True] * 20,
+            "reasoning_tokens": [0] * 20,
+            "top_item_ids": [["a"]] * 20,
+        }
+    )
+    figures = summarise_users(frame)
+    assert (figures["ndcg@10_low"], figures["ndcg@10_high"]) == (0, pytest.approx(30 / 38))
+    assert (figures["masked_ndcg@10_low"], figures["masked_ndcg@10_high"]) == (pytest.approx(8 / 38), 1)

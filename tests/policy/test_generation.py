@@ -130,6 +130,16 @@ def test_greedy_reasoning_ignores_the_checkpoints_sampling_settings(tiny_model, 
     assert generate_reasoning(model, reader, [[20, 30, 40]], max_new_tokens=8) == plain
 
 
+def test_sampling_says_all_of_its_distribution(tiny_model, reader):
+    """What the checkpoint recommends (here, next to greedy) fills nothing that `sampling` leaves out."""
+    model = tiny_model("llama")
+    for name, value in (("top_p", 1e-6), ("top_k", 1), ("temperature", 1e-6)):
+        setattr(model.generation_config, name, value)
+        torch.manual_seed(0)
+        drawn = generate_reasoning(model, reader, [[20, 30, 40]] * 8, 8, sampling={"do_sample": True})
+        assert len({tuple(rollout.ids) for rollout in drawn}) > 1, name
+
+
 def test_the_old_name_is_the_same_function():
     from r2ec_trl.rollouts import generate_reasoning as old
 

@@ -134,6 +134,8 @@ def test_another_question_does_not_mix_with_the_first(library, tmp_path):
     ):
         with pytest.raises(UserError, match=f"was begun with another {what}"):
             recommend_file(library, str(source), folder, **{"part_users": 2, **options})
+    with pytest.raises(UserError, match="was begun with another engine"):
+        recommend_file(Recommender(library.bundle, engine=object()), str(source), folder, 2)
     source.write_text(source.read_text() + '["i00"]\n')
     with pytest.raises(UserError, match="was begun with another sha256"):
         recommend_file(library, str(source), folder, 2)

@@ -163,3 +163,14 @@ def test_a_writer_begins_one_while_others_are_written(own):
         broken.future.result(30)
     batcher.close()
     assert batcher.waiting == 0 and sorted(writer.turns.values())[0] == 3  # who left was written no further
+
+
+def test_the_window_counts_from_arrival(library):
+    """Who has waited behind a busy model for longer than the window is answered at once."""
+    held, batcher = threading.Event(), Batcher(library, window=20)
+    batcher.call(held.wait)
+    [job] = batcher.submit([{"history": library.bundle.table.item_ids[:1], "reasoning": "none"}], 60)
+    job.arrived -= 20
+    held.set()
+    assert len(job.future.result(10).items) == 10
+    batcher.close()

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("fastapi", reason='needs `pip install "r2ec_trl[serve]"`')
 
 from r2ec_trl.errors import UserError  # noqa: E402
-from r2ec_trl.serving.messages import Limits  # noqa: E402
+from r2ec_trl.serving.messages import Limits, reasoning_price  # noqa: E402
 
 
 # --------------------------------------------------------------------------- mistakes and attacks
@@ -54,3 +54,15 @@ def test_a_user_of_a_file_is_one_of_a_request(served, library):
     ]
     for wrong in ({"user_id": True}, {"user_id": 1.5}, {"history_ratings": ["x", 1]}):
         assert served.client.post("/v1/recommend", json={"users": [{**user, **wrong}]}).status_code == 422
+
+
+def test_the_price_of_no_reasoning_is_that_of_the_trained_policy():
+    def report(reasoning, value):
+        return {
+            "protocol": {"settings": {"reasoning": reasoning}},
+            "unmasked": {"model": {"ndcg@10": {"value": value}}},
+        }
+
+    metrics = {"before": report("full", 0.1), "after": report("full", 0.3), "reasoning_none": report("none", 0.2)}
+    assert reasoning_price(metrics) == "NDCG@10 on the test split is 0.300 with reasoning and 0.200 without."
+    assert "does not hold figures with and without" in reasoning_price({"after": report("full", 0.3), "x": 3})

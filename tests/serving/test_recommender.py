@@ -110,6 +110,28 @@ def test_titles_are_as_good_as_ids(recommender):
     assert len(foreign.items) == 40  # nothing of the catalogue was bought
 
 
+def test_what_is_remembered_of_a_catalogue_ends_with_it(bundle):
+    """Two items of one title are both bought; a price or title that changes is the new one at once."""
+    own = Bundle(bundle.model, bundle.prompts, bundle.table, bundle.items, protocol=PROTOCOL)
+    recommender, user = Recommender(own), [{"history_titles": ["guitar strings"]}]
+    for removed, cheap in (({"i00"}, {"i01", "i02"}), ({"i00", "i01"}, {"i02", "i39"})):
+        [everything] = recommender.recommend(user, 40, reasoning="none")
+        assert {f"i{n:02d}" for n in range(40)} - set(ids(everything)) == removed
+        assert set(ids(recommender.recommend(user, 40, reasoning="none", where="price < 3")[0])) == cheap
+        own.update_items([{"item_id": "i01", "title": "Guitar  strings"}, {"item_id": "i39", "price": 1.0}])
+
+
+def test_answers_are_of_the_precision_that_was_evaluated(bundle, shop):
+    half = {**PROTOCOL, "mixed_precision": "bf16"}
+    own = Bundle(bundle.model, bundle.prompts, bundle.table, bundle.items, protocol=half)
+    users = [{"history": history} for history in shop["test"]["history"][:8]]
+    scores = [
+        [item.score for result in Recommender(one).recommend(users, 40, reasoning="none") for item in result.items]
+        for one in (bundle, own)
+    ]
+    assert scores[0] != scores[1] == pytest.approx(scores[0], abs=0.05)
+
+
 def test_a_user_without_purchases_is_answered(recommender):
     """By id or by title, alone or among others: the same list, of which nothing is left out."""
     [alone], [title] = recommender.recommend([[]], 40), recommender.recommend([{"history_titles": []}], 40)

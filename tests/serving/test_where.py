@@ -23,6 +23,8 @@ ITEMS = pl.DataFrame({"price": [1.0, 60.0, None], "title": ["a", "b", "select"],
         ("price IS NULL", [False, False, True]),
         ("title IN ('a', 'select')", [True, False, True]),
         ("title LIKE 's%' OR n = '2'", [False, True, True]),
+        ("title = 'a' OR title = 'b' AND n = '3'", [True, False, False]),  # AND binds first
+        ("n = '3' AND title = 'b' OR title = 'a'", [True, False, False]),
         ("CAST(n AS DOUBLE) >= 2", [False, True, True]),
         ("n >= 2", [False, True, True]),  # text that holds nothing but numbers
         ("shown > 1000 OR shown < 6", [True, False, True]),

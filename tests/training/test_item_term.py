@@ -144,6 +144,8 @@ def test_the_whole_catalogue_competes_with_fresh_rows_for_the_candidates(make):
         weight[1] = torch.tensor([1.0, 0.0])  # re-encoded: as good as the target now
     logprob = term.logprobs(batch.states[:1], term.candidate_rows(batch), torch.tensor([0]), batch)
     assert logprob.item() == pytest.approx(-math.log(2 + math.exp(-2)))
+    logprob.backward()
+    assert weight.grad[1].abs().sum() > 0 and weight.grad[2].abs().sum() == 0  # only the batch's targets learn
 
 
 def test_without_a_credited_row_nothing_is_encoded_unless_every_process_must(make):
@@ -177,3 +179,22 @@ def test_candidates_are_encoded_with_gradient_once_an_optimizer_step(make):
         # by the second window the weights have changed: its rows are encoded anew, without gradient
         assert calls == ([True, False, True] if cached else [True, True] * 2)
     assert gradients[0].abs().sum() > 0.1 and torch.allclose(*gradients, atol=1e-6)
+
+
+def test_after_a_step_without_credit_rows_are_encoded_anew(make):
+    """The optimizer has changed the weights: the next micro-step must not meet the rows of before."""
+    term, batch, weight = make()
+    inputs = prepared(term, batch, [1.0, 0.0, 1.0, 0.0], (False,) * 4)
+    term.loss(batch.states, inputs, batch, torch.tensor(10.0), last=True)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert term.candidate_rows(batch, last=False).tolist() == [[2, 0], [0, 2]]
+
+
+def test_states_are_projected_as_the_rows_are(make):
+    """Under the cosine a state three times as long has the same loss, and is not credited for its length."""
+    term, batch, _ = make()
+    term.table.similarity = "cosine"
+    inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
+    losses = [term.loss(length * batch.states, inputs, batch, torch.tensor(10.0))[2].item() for length in (1.0, 3.0)]
+    assert losses[0] == pytest.approx(losses[1]) == pytest.approx((-math.log1p(math.exp(-1)) - math.log(2)) / 2)

@@ -1,13 +1,17 @@
 """The reward pass: what rewards see is scored against fresh rows of the batch's targets, whatever the budget."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder
+from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.rollouts import Rollout
 from r2ec_trl.training.recpo_config import RecPOConfig
-from r2ec_trl.training.reward_pass import as_sampled
+from r2ec_trl.training.reward_pass import RewardPass, as_sampled
 
 
 @pytest.fixture
@@ -77,3 +81,45 @@ def test_never_is_a_number_for_watching_and_none_for_refreshing(tmp_path):
     for steps in (0, -1):
         with pytest.raises(UserError, match=f"`table_refresh_steps` is {steps}; it must be at least 1"):
             RecPOConfig(str(tmp_path), use_cpu=True, table_refresh_steps=steps)
+
+
+def reward_pass(step=0, **settings):
+    """A pass over three items of 3, 2 and 2 tokens, and what it asked its encoder for."""
+    table = ItemTable(["a", "b", "c"], [[1, 1, 1], [2, 2], [3, 3]], "dot")
+    table.refresh(lambda sequences: torch.zeros(len(sequences), 2))
+    asked = []
+
+    def encoder(sequences):
+        asked.append([ids[0] for ids in sequences])
+        return torch.ones(len(sequences), 2)
+
+    defaults = {"table_refresh_budget": 0.25, "table_refresh_steps": None}
+    telemetry = SimpleNamespace(step=lambda: step)
+    made = RewardPass(table, None, SimpleNamespace(**{**defaults, **settings}), None, telemetry)
+    return partial(made.refresh, encoder), asked
+
+
+def test_the_whole_table_is_refreshed_where_it_costs_no_more_than_its_share():
+    """A fourth of 28 tokens is all 7; of 27 it is 6: the round's first two, of which a target is left out."""
+    refresh, asked = reward_pass()
+    assert refresh([0], 27) is False and asked == [[2]]
+    assert refresh([0], 28) is True and asked[1:] == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("step, due", [(0, True), (3, False), (6, True), (9, False), (12, True)])
+def test_a_refresh_is_due_when_its_step_has_passed_since_the_batch_before(step, due):
+    """Rollouts of two micro-batches, each trained on three times, two to a step: new ones every three steps."""
+    settings = {"steps_per_generation": 2, "num_iterations": 3, "gradient_accumulation_steps": 2}
+    refresh, _ = reward_pass(step, table_refresh_steps=5, **settings)
+    assert refresh([], 0) is due
+
+
+def test_the_budget_is_of_all_processes_rollouts(make_trainer, rollouts, monkeypatch):
+    budgets = []
+    for processes in (1, 2):
+        monkeypatch.setattr("r2ec_trl.training.reward_pass.gather_object", lambda values: values * processes)
+        trainer = make_trainer(reward=lambda completions, **kwargs: [0.5] * len(completions), max_steps=1)
+        inner = trainer.reward_pass.refresh
+        trainer.reward_pass.refresh = lambda *args: budgets.append(args[-1]) or inner(*args)
+        trainer.train()
+    assert budgets[1] == 2 * budgets[0] > 0
