@@ -81,3 +81,17 @@ def test_baselines_count_train_rows_alone():
     for frame in frames.values():
         assert list(frame["rank"]) == [3, 3, 3] and list(frame["rank_masked"]) == [2, 2, 2]
         assert frame["user_id"].to_list() == ["w0", "w1", "w2"] and frame["target"].to_list() == ["c"] * 3
+
+
+def test_a_bundle_answers_as_its_policy_was_trained():
+    """Mixed precision, lengths and temperature go into its protocol; without autocast there is none."""
+    args = SimpleNamespace(max_completion_length=7, item_temperature=0.05, forward_token_budget=99)
+    for native, reasoning, expected in (
+        (True, "full", ("bf16", 7)),
+        (False, "full", ("no", 7)),
+        (True, "none", ("bf16", 512)),
+    ):
+        accelerator = SimpleNamespace(mixed_precision="bf16", native_amp=native)
+        made = run_end._bundle_protocol(SimpleNamespace(args=args, accelerator=accelerator, reasoning=reasoning))
+        assert (made.mixed_precision, made.max_completion_length) == expected
+        assert (made.reasoning, made.item_temperature, made.forward_token_budget) == (reasoning, 0.05, 99)

@@ -19,6 +19,7 @@ from r2ec_trl.errors import UserError
         (["--max_seconds", "inf"], "`max_seconds` is inf"),
         (["--user_share", "0.5"], "`user_share` is '0.5'"),
         (["--user_share", "0.5:0.2"], "`user_share` is '0.5:0.2'"),
+        (["--user_share", "0.5:0.5"], "`user_share` is '0.5:0.5'"),
         (["--shown_rollouts", "-1"], "`shown_rollouts` is -1"),
         (["--no_history_share", "1.5"], "`no_history_share` is 1.5"),
         (["--early_stopping_patience", "2"], "add --eval_strategy steps"),
@@ -89,6 +90,9 @@ def test_processes_agree_that_the_time_is_up(monkeypatch):
         clock.on_train_begin(None, None, control)
         clock.on_step_end(None, None, control)
         assert control.should_training_stop is stops
+        control.should_training_stop = True  # early stopping's
+        clock.on_step_end(None, None, control)
+        assert control.should_training_stop is True
 
 
 def test_users_are_shared_out(shop):

@@ -5,7 +5,7 @@ import os
 import polars as pl
 from rich.console import Console
 
-from r2ec_trl.cli.tables import beyond_table, comparison_table, report_table, run_table, slice_table
+from r2ec_trl.cli.tables import beyond_table, comparison_table, difference_cell, report_table, run_table, slice_table
 from r2ec_trl.evaluation.comparison import compare_frames, compare_runs
 from r2ec_trl.evaluation.report import report
 
@@ -57,3 +57,12 @@ def test_slices_and_what_is_recommended():
     assert "popularity, masked" in text and "middle" not in text and "purchases left out" in text
     (line,) = [line for line in text_of(beyond_table(result)).splitlines() if "model" in line]
     assert [word.strip() for word in line.split("│")[2:6]] == ["50.0%", "0.500", "2.0", "100.0%"]
+
+
+def test_bold_is_an_interval_without_0():
+    """In every direction; one that ends at 0, and that of a single user, is not."""
+    bounds = {(0.1, 0.3): True, (-0.3, -0.1): True, (0.0, 0.3): False, (-0.3, 0.0): False, (-0.1, 0.2): False}
+    for (low, high), bold in bounds.items():
+        figure = {"difference": (low + high) / 2, "low": low, "high": high}
+        assert difference_cell(figure).startswith("[bold]") == bold
+        assert not difference_cell(figure, several=False).startswith("[bold]")

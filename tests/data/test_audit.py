@@ -82,7 +82,9 @@ def leaky(split, position, row):
         ("history_out_of_order", "given", leaky("test", 2, [("v", "ab", [6, 5], "b", 9)])),
         ("row_in_two_splits", "given", leaky("test", 2, [("u", "abca", [1, 2, 3, 4], "d", 7)])),
         ("train_after_held_out", "given", leaky("train", 1, [("u", "abcad", [1, 2, 3, 4, 7], "c", 8)])),
+        ("train_after_held_out", "given", leaky("train", 2, [("v", "a", [5], "b", 10)])),  # v is in test alone
         ("splits_overlap_in_time", "time_ratio", leaky("train", 2, [("v", "a", [5], "b", 8)])),
+        ("splits_overlap_in_time", "time_ratio", leaky("validation", 1, [("w", "b", [6], "b", 10)])),
     ],
 )
 def test_each_leak_is_found(tmp_path, cause, rule, rows):
@@ -125,9 +127,11 @@ def test_changed_rows_are_found(tmp_path):
     assert check_folder(tmp_path / "folder")[1] == []
     file = tmp_path / "folder" / "dataset_card.json"
     stored = json.loads(file.read_text())
-    stored["sha256"]["test"] = "0" * 64
-    file.write_text(json.dumps(stored))
-    assert check_folder(tmp_path / "folder")[1] == ["the rows of 'test' are not those of the card's SHA-256"]
+    for split in ("test", "items"):
+        changed = {**stored, "sha256": {**stored["sha256"], split: "0" * 64}}
+        file.write_text(json.dumps(changed))
+        sentence = f"the rows of '{split}' are not those of the card's SHA-256"
+        assert check_folder(tmp_path / "folder")[1] == [sentence]
 
 
 def test_times_in_one_split_alone():

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from r2ec_trl.data.cut import cut_dataset
 from r2ec_trl.errors import UserError
@@ -29,3 +30,20 @@ def test_a_cut_is_a_smaller_valid_dataset(shop):
 def test_nothing_left_is_one_sentence(shop):
     with pytest.raises(UserError, match="leaves no row in split"):
         cut_dataset(shop, max_users=0, dropped=Counter())
+
+
+def test_a_cut_by_hand():
+    """
+    d, then a and b (two targets each, by id), c after them: three items leave c out. A history of two that keeps one
+    stays, one of three that keeps one goes.
+    """
+    rows = [("u", "ac", "d"), ("u", "acc", "d"), ("v", "ab", "d"), ("v", "b", "a"), ("w", "d", "a"), ("w", "d", "b")]
+    rows += [("x", "a", "b"), ("x", "a", "c"), ("y", "b", "c")]
+    split = Dataset.from_list([{"user_id": u, "history": list(h), "target": t} for u, h, t in rows])
+    one = Dataset.from_list([{"user_id": "z", "history": ["a"], "target": "d"}])
+    items = Dataset.from_list([{"item_id": item, "title": item} for item in "cbda"])
+    dropped = Counter()
+    small = cut_dataset(DatasetDict(train=split, validation=one, test=one, items=items), max_items=3, dropped=dropped)
+    assert sorted(small["items"]["item_id"][:]) == ["a", "b", "d"]
+    assert small["train"]["history"][:] == [["a"], *map(list, ["ab", "b", "d", "d", "a"])]
+    assert sorted(dropped.values()) == [1, 1, 1, 2]

@@ -1,16 +1,18 @@
 """Histories are in order of time, ties do not depend on the file, and a core is a core."""
 
+import datetime
+import time
 from collections import Counter
 
 import polars as pl
 
-from r2ec_trl.data.events import drop_repeats, k_core, sort_events
+from r2ec_trl.data.events import drop_repeats, k_core, parse_date, sort_events, time_window
 from r2ec_trl.data.sources.source import Source
 
 
-def sort(rows, **settings):
+def sort(rows, ticks_per_second=1, **settings):
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
-    return sort_events(Source("hand", frame, frame.select("item_id").unique()), **settings)
+    return sort_events(Source("hand", frame, frame.select("item_id").unique(), ticks_per_second), **settings)
 
 
 def items(events):
@@ -43,3 +45,27 @@ def test_a_two_core_by_hand():
     dropped = Counter()
     core = k_core(sort(rows), 2, 2, dropped)
     assert items(core) == ["a", "b", "a", "b"] and sum(dropped.values()) == 2
+
+
+def test_duplicates_are_of_one_second_whatever_the_unit():
+    """Milliseconds 2,001 and 2,999 are one second, 3,000 is the next."""
+    events = sort([("u", "a", 2_001), ("u", "a", 2_999), ("u", "a", 3_000)], ticks_per_second=1_000)
+    assert drop_repeats(events, "keep", Counter()).time.tolist() == [2_001, 3_000]
+
+
+def test_a_window_holds_its_start_and_not_its_end():
+    events = sort([("u", "a", 9_999), ("u", "b", 10_000), ("u", "c", 19_999), ("u", "d", 20_000)], 1_000)
+    start, end = (datetime.datetime.fromtimestamp(second, datetime.timezone.utc) for second in (10, 20))
+    dropped = Counter()
+    window, _ = time_window(events, start, end, min_items=0, step_months=1, cores=(0, 0), dropped=dropped)
+    assert items(window) == ["b", "c"] and sum(dropped.values()) == 2
+
+
+def test_a_date_is_midnight_in_utc_wherever_it_is_read(monkeypatch):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert parse_date("2022-10-01", "--window_start").timestamp() == 1_664_582_400
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -24,3 +24,11 @@ def test_every_change_is_seen():
         TABLE.take([1, 0, 2]),
     ]
     assert len({sha256_of([table]) for table in [TABLE, *changes]}) == 7
+
+
+def test_a_part_is_read_from_where_it_begins():
+    for start in (0, 1, 2):
+        part = TABLE[start : start + 1]
+        assert part["n"].chunk(0).offset == start and sha256_of([part]) == sha256_of(
+            [pa.table(part.to_pydict(), TABLE.schema)]
+        )

@@ -42,3 +42,14 @@ def test_items_named_by_their_id_pass_what_looks_at_titles():
         kept, catalogue = filter_items(events, items, items, rules, dropped)
         assert kept.item_ids.gather(kept.item).to_list() == list(left)
         assert dict(catalogue.select("item_id", "title").rows()) == {"a": "one", "b": "b", "c": "c"}
+
+
+def test_of_an_item_listed_twice_the_one_with_a_title_stays():
+    interactions = pl.DataFrame({"user_id": list("uu"), "item_id": list("ab"), "timestamp": [1, 2]})
+    items = pl.DataFrame({"item_id": list("aabb"), "title": [None, "one", "two", "three"]})
+    dropped = Counter()
+    kept, catalogue = filter_items(
+        sort_events(Source("hand", interactions, items)), items, items, ItemFilter(), dropped
+    )
+    assert catalogue.rows() == [("a", "one"), ("b", "two")] and len(kept) == 2
+    assert dropped["item listed again in the metadata"] == 2

@@ -122,7 +122,7 @@ def test_filters_are_counted(tmp_path):
     rows = [("u", item, 5.0, at) for at, item in enumerate("abcd")]
     rows += [("u", "a", 4.0, 0), ("u", "b", 5.0, 9), ("u", "d", 1.0, 10), ("u", "x", 5.0, 11), ("u", "y", 5.0, 12)]
     items = pl.DataFrame({"item_id": ["a", "b", "c", "d", "y", "a"], "title": ["A", "B", "C", "D", " ", "again"]})
-    done = prepare(source(rows, items), RULE, tmp_path, filters=Filters(repeats="first", min_rating=2.0))
+    done = prepare(source(rows, items), RULE, tmp_path, filters=Filters(repeats="first", min_rating=4.0))
     assert rows_of(done.dataset, "test") == [("u", ["a", "b", "c"], "d", 3)]
     assert done.dataset["items"]["title"][:] == ["A", "B", "C", "D"]
     assert done.dropped == {

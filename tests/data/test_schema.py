@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from functools import partial
 
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
+from r2ec_trl.data import schema
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.schema import (
     CARD,
@@ -118,19 +120,21 @@ def test_each_breach_is_one_sentence(changes, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_breaches_are_found_deep_in_a_split():
-    rows = 250_000
+def test_breaches_are_found_deep_in_a_split(monkeypatch):
+    """In the third block that is looked at, and the second."""
+    monkeypatch.setattr(schema, "arrow_batches", partial(schema.arrow_batches, rows=10_000))
+    rows = 25_000
     history = [["a", "b"]] * rows
-    history[200_001] = []
+    history[20_001] = []
     train = {"user_id": ["u"] * rows, "history": history, "target": ["c"] * rows}
     dataset = small()
     dataset["train"] = Dataset.from_dict(train)
-    with pytest.raises(UserError, match="row 200001 has an empty history"):
+    with pytest.raises(UserError, match="row 20001 has an empty history"):
         validate_dataset(dataset, "here")
-    history[200_001] = ["a"]
-    history[150_000] = ["a", "nowhere"]
+    history[20_001] = ["a"]
+    history[15_000] = ["a", "nowhere"]
     dataset["train"] = Dataset.from_dict({**train, "history": history})
-    with pytest.raises(UserError, match="row 150000: history names"):
+    with pytest.raises(UserError, match="row 15000: history names"):
         validate_dataset(dataset, "here")
 
 

@@ -338,9 +338,9 @@ def test_top_k_hand_worked():
     states, rows = torch.tensor([[1.0], [-1.0]]), torch.tensor([[0.9], [0.5], [0.5], [0.7], [-0.2]])
     allowed = torch.tensor([False, True, True, True, True])
     for size in (None, 2):  # row 3 is the second of its chunk, as row 1 is
-        for given, best in ((allowed, [[1, 2, 4], [4, 1, 2]]), (~allowed, [[0, -1, -1], [0, -1, -1]])):
+        for mask, best in ((allowed, [[1, 2, 4], [4, 1, 2]]), (~allowed, [[0, -1, -1], [0, -1, -1]])):
             excluded = torch.tensor([[3, 3], [-1, -1]])
-            scores, indices = top_k(states, rows, 3, excluded=excluded, allowed=given, chunk_size=size)
+            scores, indices = top_k(states, rows, 3, excluded=excluded, allowed=mask, chunk_size=size)
             assert indices.tolist() == best
     assert top_k(states, rows, 2, allowed=allowed)[0][0].tolist() == pytest.approx([0.7, 0.5])
 

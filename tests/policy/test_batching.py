@@ -3,8 +3,10 @@
 import random
 
 import pytest
+from transformers import Qwen2Config
 
-from r2ec_trl.policy.batching import length_sorted_batches
+from r2ec_trl.errors import UserError
+from r2ec_trl.policy.batching import check_length, length_sorted_batches
 
 
 def test_by_hand():
@@ -26,3 +28,13 @@ def test_paddings_are_few_in_a_catalogue_of_any_lengths(seed):
     assert sum(padded) < 1.05 * sum(lengths) and max(padded) <= 16_384
     assert len(batches) < 36  # of 110,000 tokens
     assert length_sorted_batches([30, 8, 60, 9], 16_384, 1.04) == [[2, 0, 3, 1]]  # too few to split
+
+
+def test_positions_that_are_scaled_count():
+    """YaRN's factor of 4 makes 64 positions of 16; without it 17 tokens are too many."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10_000.0}
+    check_length(Qwen2Config(max_position_embeddings=16, rope_parameters=yarn), 64, "Prompts", "a limit")
+    for scaled, tokens in ((yarn, 65), (None, 17)):
+        with pytest.raises(UserError, match=f"Prompts take up to {tokens} tokens, but the model has {tokens - 1} pos"):
+            config = Qwen2Config(max_position_embeddings=16, rope_parameters=scaled)
+            check_length(config, tokens, "Prompts", "a limit")

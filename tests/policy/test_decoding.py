@@ -126,6 +126,7 @@ def test_the_marker_ends_a_row_and_a_watch_may(tiny_model, reader, chat_tokenize
         {"top_k": 40, "top_p": 0.8},
         {"top_k": 0, "top_p": 0.6},
         {"top_k": 0, "min_p": 0.1},
+        {"top_k": 0, "repetition_penalty": 1.4},
         {"top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
     ],
 )
@@ -183,3 +184,16 @@ def test_only_a_token_that_may_end_the_marker_is_read(reader, chat_tokenizer, mo
             True
         ]
     assert sum(count > 1 for count in decoded) <= 4  # `>` and the space, twice
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_attention_of_one_query_by_hand(softcap):
+    """Two heads on one key head, keys 1 and -1 of size one, the third not seen: weights of (q, -q), capped or not."""
+    query = torch.tensor([2.0, -0.5]).view(1, 2, 1, 1)
+    key, value = torch.tensor([1.0, -1.0, 9.0]).view(1, 1, 3, 1), torch.tensor([10.0, 20.0, 99.0]).view(1, 1, 3, 1)
+    mask = torch.tensor([True, True, False]).view(1, 1, 1, 3)
+    output, _ = decoding.grouped_attention(None, query, key, value, mask, scaling=0.5, softcap=softcap)
+    scores = [torch.tensor([q, -q]) for q in (1.0, -0.25)]
+    scores = [softcap * torch.tanh(one / softcap) if softcap else one for one in scores]
+    expected = [(one.softmax(0) @ torch.tensor([10.0, 20.0])).item() for one in scores]
+    assert output.shape == (1, 1, 2, 1) and output.flatten().tolist() == pytest.approx(expected)

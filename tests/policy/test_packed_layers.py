@@ -66,3 +66,12 @@ def test_nothing_is_packed_where_it_does_not_pay(tiny_model, monkeypatch, change
         monkeypatch.setattr(linear, "_slow_mkl", lambda: False)
     with packed(model, change.get("rows", 4), change.get("steps", 6)):
         assert not replaced(model)
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_merged_is_not_added_again(tiny_model):
+    model = adapted(tiny_model("llama"))
+    model.merge_adapter()
+    plain = model(IDS).logits
+    with packed(model, 4, 8):
+        assert torch.allclose(model(IDS).logits, plain, atol=1e-4)

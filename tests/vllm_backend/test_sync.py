@@ -15,6 +15,8 @@ from trl.generation import vllm_client
 from trl.generation.vllm_generation import VLLMGeneration
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.rollouts import MarkerReader
+from r2ec_trl.vllm.engine import use_adapter
 from r2ec_trl.vllm.sync import AdapterSync, MergedSync
 
 
@@ -224,3 +226,79 @@ def test_a_server_that_dies_is_one_sentence(tiny_model, sync_of, monkeypatch):
             UserError, match="The vLLM server at http://127.0.0.1:9 stopped answering .ConnectionError"
         ):
             call()
+
+
+# ---------------------------------------------------------------- greedy rollouts
+def greedy_of(sync, monkeypatch, answer, processes=1):
+    """`sync` with an engine that answers by `answer(prompts)`; `processes` of them, each with these prompts."""
+    calls = []
+
+    def generate(prompts, images, num_generations):
+        calls.append((prompts, {name: vars(sync)[name] for name in ("temperature", "max_completion_length")}))
+        return (prompts, *answer(prompts))
+
+    monkeypatch.setattr(sync, "generate", generate)
+    monkeypatch.setattr(sync, "sync_weights", lambda: calls.append("synced"))
+    return calls
+
+
+def test_greedy_rollouts_are_of_the_weights_of_now_and_sampling_goes_on_as_before(
+    tiny_model, sync_of, monkeypatch, chat_tokenizer
+):
+    """This process has one prompt, another two: it fills up, gets one back, and samples at 1.5 again."""
+    sync = sync_of(tiny_model("llama"))
+    sync.temperature, sync.max_completion_length, sync.generation_kwargs = 1.5, 64, {"stop_token_ids": [1]}
+    calls = greedy_of(sync, monkeypatch, lambda prompts: ([[7, 8]] * len(prompts), None))
+    monkeypatch.setattr("r2ec_trl.vllm.sync.gather_object", lambda own: [2] if isinstance(own[0], int) else own)
+    rollouts = sync.greedy(MarkerReader(chat_tokenizer, "<answer>"), [[5, 6]], 3)
+    assert [rollout.ids[:2] for rollout in rollouts] == [[7, 8]]
+    assert calls == ["synced", ([[5, 6], [5, 6]], {"temperature": 0.0, "max_completion_length": 3})]
+    assert (sync.temperature, sync.max_completion_length) == (1.5, 64) and "logprobs" not in sync.generation_kwargs
+
+
+def test_the_difference_of_an_engine_that_is_the_policy_is_none(tiny_model, sync_of, monkeypatch):
+    """Log-probs of its own tokens, each predicted from the one before; those of an engine off by .25 are .25 off."""
+    model = tiny_model("llama")
+    sync = sync_of(model)
+    for off in (0.0, 0.25):
+
+        def answer(prompts, off=off):
+            found = []
+            for prompt in prompts:
+                row = torch.tensor([[*prompt, 7, 8, 9]])
+                scores = model(row).logits[0].log_softmax(-1)
+                places = range(len(prompt) - 1, len(prompt) + 2)
+                found.append([[scores[at, row[0, at + 1]].item() - off] for at in places])
+            return [[7, 8, 9]] * len(prompts), found
+
+        greedy_of(sync, monkeypatch, answer)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):
+            setattr(sync, name, None)
+        sync.generation_kwargs, sync.logprobs = {}, None
+        assert sync.difference(model, [[5, 6], [3, 4, 5]]) == pytest.approx(off, abs=1e-5)
+
+
+def test_an_adapter_that_is_switched_off_is_not_sent(tiny_model, sync_of):
+    policy = lora_policy(tiny_model("llama"))
+    with policy.disable_adapter():
+        sent = weights(sync_of(policy)._iter_named_params())
+    base = {name: param.detach() for name, param in tiny_model("llama").named_parameters()}
+    assert all(torch.equal(sent[name], base[name]) for name in base)
+
+
+def test_an_adapter_that_is_loaded_answers_from_here_on_and_no_prefix_is_remembered():
+    calls = []
+
+    class LLM:
+        llm_engine = SimpleNamespace(add_lora=lambda request: calls.append(("loaded", request)))
+
+        def generate(self, prompt, lora_request=None):
+            calls.append((prompt, lora_request))
+
+        def reset_prefix_cache(self):
+            calls.append("prefixes forgotten")
+
+    llm = LLM()
+    use_adapter(llm, "adapter 2")
+    llm.generate("x")
+    assert calls == [("loaded", "adapter 2"), "prefixes forgotten", ("x", "adapter 2")]
