@@ -180,6 +180,10 @@ def main() -> None:
         return
     published = _published(output.published_counts, source.amazon_category)
     refuse_to_overwrite(output.output)
+    if output.tokenizer:
+        from r2ec_trl.policy.prompt_lengths import load_tokenizer, prompt_lengths  # torch takes seconds to import
+
+        load_tokenizer(output.tokenizer)  # before the long work
     with WorkDisplay(), build_folder(output.output) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
@@ -192,8 +196,6 @@ def main() -> None:
                 name: {"published": count, "here": here[name]} for name, count in published.items() if name in here
             }
         if output.tokenizer:
-            from r2ec_trl.policy.prompt_lengths import prompt_lengths  # torch takes seconds to import
-
             card["prompt_lengths"] = prompt_lengths(dataset, output.tokenizer, output.category)
         write_dataset(dataset, folder, {**card, "audit": audit}, output.output)
         for file in (*scratch.iterdir(), scratch):
@@ -258,21 +260,14 @@ def build(
         dataset[ITEMS] = to_dataset(item_text(dataset[ITEMS].to_polars(), output.item_fields, output.max_field_words))
         name, facts, rule = f"{source.source}: {Path(source.input or '').name}", {}, "given"
     else:
-        rule, raw = split.split, kind.read(**arguments)
+        rule, wanted, split_rule = split.split, _filters(filters), _split_rule(split)
+        raw = kind.read(**arguments)  # which is long: what cannot be meant is refused before
         name, missing_title = raw.name, "id" if raw.items.is_empty() else filters.missing_title
         done = prepare(
             raw,
-            SplitRule(
-                rule,
-                tuple(split.ratio),
-                parse_date(split.validation_from, "--validation_from"),
-                parse_date(split.test_from, "--test_from"),
-                split.min_history,
-                split.max_history,
-                split.train_targets,
-            ),
+            split_rule,
             scratch,
-            filters=_filters(filters),
+            filters=wanted,
             item_filter=ItemFilter(
                 filters.require_price, filters.max_title_words, filters.drop_markup_titles, missing_title
             ),
@@ -324,6 +319,20 @@ def _filters(args: FilterArguments) -> Filters:
         item_core=args.k_core if args.item_core is None else args.item_core,
         tie_break=args.tie_break,
     )
+
+
+def _split_rule(args: SplitArguments) -> SplitRule:
+    rule = SplitRule(
+        args.split,
+        tuple(args.ratio),
+        parse_date(args.validation_from, "--validation_from"),
+        parse_date(args.test_from, "--test_from"),
+        args.min_history,
+        args.max_history,
+        args.train_targets,
+    )
+    rule.check()
+    return rule
 
 
 def _published(path: str | None, category: str | None) -> dict[str, int]:

@@ -14,6 +14,14 @@ from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
 
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a folder or a hub name; [`UserError`] if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--tokenizer '{path}' cannot be loaded ({first_line(error)}): name another.") from error
+
+
 def prompt_lengths(dataset: DatasetDict, tokenizer_path: str, category: str, rows: int = 500) -> dict[str, Any]:
     """
     Token counts of whole prompts under a tokenizer: of `rows` evenly spaced rows of each split.
@@ -28,12 +36,7 @@ def prompt_lengths(dataset: DatasetDict, tokenizer_path: str, category: str, row
         rows (`int`, *optional*, defaults to 500):
             Rows of each split to count.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--tokenizer '{tokenizer_path}' cannot be loaded ({first_line(error)}): name another."
-        ) from error
+    tokenizer = load_tokenizer(tokenizer_path)
     limits = PromptConfig()
     whole = PromptConfig(category=category, max_prompt_length=1 << 30, max_item_length=1 << 30)
     prompts = Prompts(tokenizer, whole, dataset[ITEMS])

@@ -7,13 +7,14 @@ day 5. Item i3 has no title, i1 markup in it, i2 five words, i4 no price. So 21 
 import gzip
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from twin import core
 
 from r2ec_trl.data import load_dataset_card, load_dataset_folder
+from r2ec_trl.data.sources import kind_of
 
 DAY, START = 86_400, 1_577_836_800  # 2020-01-01
 LOG = [(f"u{n}", f"i{(n + at) % 6}", at + 1, START + DAY * (10 * n + at)) for n in range(4) for at in range(5)]
@@ -259,3 +260,11 @@ def test_a_default_that_was_asked_for_is_no_less_refused(made, tmp_path, words):
 def test_every_flag_is_tested(recipe):
     words = set(re.findall(r"--(\w+)", Path(__file__).read_text(encoding="utf-8")))
     assert {one.name for part in recipe.ARGUMENTS for one in fields(part)} - words == set()
+
+
+@pytest.mark.parametrize(
+    "words", ["--window_start soon", "--split time_cut", "--max_history 2 --min_history 3", "--tokenizer nowhere/x"]
+)
+def test_what_cannot_be_meant_is_said_before_the_long_reading(recipe, made, monkeypatch, words):
+    monkeypatch.setattr(recipe, "kind_of", lambda name: replace(kind_of(name), read=lambda **_: pytest.fail("read")))
+    assert "Traceback" not in made(*words.split()) and "read" not in made(*words.split())
