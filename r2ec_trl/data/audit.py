@@ -205,10 +205,10 @@ def _mean_words(text: pl.Series) -> float:
 def _leakage(columns: Mapping[str, _Columns], split_rule: str | None) -> dict[str, int]:
     every = list(columns.values())
     found = {}
-    if all("newest" in part and "time" in part for part in every):
-        found["history_after_target"] = sum(int((part["newest"] > part["time"]).sum()) for part in every)
-    if all("unordered" in part for part in every):
-        found["history_out_of_order"] = sum(int(part["unordered"].sum()) for part in every)
+    if both := [part for part in every if "newest" in part and "time" in part]:
+        found["history_after_target"] = sum(int((part["newest"] > part["time"]).sum()) for part in both)
+    if ordered := [part for part in every if "unordered" in part]:
+        found["history_out_of_order"] = sum(int(part["unordered"].sum()) for part in ordered)
     timed = all("time" in part for part in every)
     keys = pl.concat([_row_keys(part, timed).unique() for part in every])
     found["row_in_two_splits"] = keys.height - keys.n_unique()

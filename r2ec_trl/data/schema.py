@@ -136,6 +136,11 @@ def load_dataset_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise UserError(f"{file} holds a {type(card).__name__}, not a table of keys: prepare the folder again.")
     _check_card(card, str(file))
+    for key, kind in (("sha256", str), ("counts", int)):
+        if not all(isinstance(card.get(key, {}).get(split), kind) for split in (*SPLITS, ITEMS)):
+            raise UserError(
+                f"{file}: '{key}' does not hold all of {', '.join(SPLITS)}, {ITEMS}: prepare the folder again."
+            )
     digest = card.get(CARD_DIGEST)
     if digest is not None and digest != _card_digest(card):
         raise UserError(

@@ -143,3 +143,9 @@ def test_times_in_one_split_alone():
         audit["leakage"]["row_in_two_splits"]
         == audit_dataset(dataset(times=False), "given")["leakage"]["row_in_two_splits"]
     )
+
+
+def test_order_in_one_split_alone_is_looked_at():
+    mixed = dataset(times=False)
+    mixed["train"] = dataset(leaky("train", 0, [("u", "ab", [2, 1], "c", 3)]))["train"]
+    assert audit_dataset(mixed, "given")["leakage"]["history_out_of_order"] == 1

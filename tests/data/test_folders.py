@@ -261,3 +261,16 @@ for turn in range(100):
         if digests:
             assert "'wrong': 0" in last[0], last
         print(digests, last)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("sha256", None), ("sha256", {}), ("counts", None), ("counts", {"items": "9"})]
+)
+def test_a_card_without_what_results_repeat_is_one_sentence(folder, key, value):
+    without_digests(folder)
+    card = json.loads((folder / "dataset_card.json").read_text())
+    (folder / "dataset_card.json").write_text(
+        json.dumps({name: one for name, one in {**card, key: value}.items() if one is not None})
+    )
+    with pytest.raises(UserError, match=f"'{key}' does not hold all of train, validation, test, items"):
+        load_dataset_card(folder)
