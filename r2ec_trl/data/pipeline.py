@@ -125,7 +125,7 @@ def prepare(
     if filters.min_rating is not None:
         events = _drop_low_ratings(events, filters.min_rating, dropped)
     events, items = filter_items(events, items, source.items, item_filter or ItemFilter(), dropped)
-    if filters.window_start or filters.window_end:
+    if len(events) and (filters.window_start or filters.window_end):
         events, start = time_window(
             events,
             filters.window_start,

@@ -20,6 +20,7 @@ _TAG = r"</?[a-zA-Z][^<>]*>"
 _ESCAPED = r"&(?:(?:amp|#0*38|#[xX]0*26);)+"  # escaped time and again
 _PASSES = 10  # of cleaning: text that still changes is written to stall, not to be read
 _ENTITY = r"&#?[0-9a-zA-Z]+;?"
+_NO_CHARACTER = "&#[0-9]{20,};?"  # a number without end, which Python refuses to read
 _INVISIBLE = r"[\u{00ad}\u{200b}\u{feff}]"
 _BLANK = r"[[\s\p{Cc}]--[ ]]"
 
@@ -78,7 +79,7 @@ def _without_markup(text: pl.Series) -> pl.Series:
             return text
         old = text.gather(places)
         seen = pl.Series(text.name, [_without_hidden(one) for one in old.to_list()], pl.String)
-        plain = seen.str.replace_all(_TAG, " ").str.replace_all(_ESCAPED, "&").to_list()
+        plain = seen.str.replace_all(_TAG, " ").str.replace_all(_ESCAPED, "&").str.replace_all(_NO_CHARACTER, "\ufffd")
         new = _collapse(pl.Series(text.name, [html.unescape(one) for one in plain], pl.String))
         changed = new != old
         places, text = places.filter(changed), text.scatter(places, new)

@@ -110,7 +110,7 @@ def test_missing_values_are_no_text(table):
     assert table(items=items, items_name="items.jsonl").items.rows() == [("1", None, "acme"), ("2", "Two", None)]
     frame = pl.DataFrame({"item_id": ["1", "2"], "title": ["None", "Two"], "price": [float("nan"), 2.5]})
     assert table(items=frame.to_arrow(), items_name="i.parquet").items.rows() == [("1", None, None), ("2", "Two", 2.5)]
-    for word in ("NaN", "nan", "<NA>", "null"):
+    for word in ("NaN", "nan", "<NA>", "null", "NA"):
         assert table(items=f"item_id,title\n1,{word}\n2,Two\n").items["title"].to_list() == [None, "Two"]
         with pytest.raises(UserError, match="row 3 has no user_id"):
             table(LOG.replace("v", word))

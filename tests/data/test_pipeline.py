@@ -326,3 +326,9 @@ def test_properties_with_ties(tmp_path_factory, drawn, rule, random):
     assert {name: part.to_list() for name, part in again.items()} == {
         name: part.to_list() for name, part in dataset.items()
     }
+
+
+def test_nothing_left_before_the_window_is_one_sentence(tmp_path):
+    filters = Filters(min_rating=9, window_start=parse_date("2020-01-01", "--window_start"))
+    with pytest.raises(UserError, match=r"Nothing is left of .* \(rating below 9"):
+        prepare(source(HAND), SplitRule("leave_one_out"), tmp_path, filters=filters)

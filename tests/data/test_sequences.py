@@ -224,3 +224,14 @@ def test_a_title_that_cleaning_empties_is_a_bad_row(tmp_path, title):
     with pytest.raises(UserError, match="items.jsonl, row 4 has no title"):
         import_sequences(folder)
     assert import_sequences(folder, skip_bad_rows=True, dropped=Counter())["items"].num_rows == 3
+
+
+def test_numbers_in_some_splits_alone_are_told(tmp_path, caplog):
+    import_sequences(write(tmp_path / "in", train=[json.dumps({**json.loads(TRAIN), "history_ratings": [5, 3.5]})]))
+    assert "no history_ratings in validation and test, so that prompts differ" in caplog.text
+
+
+def test_keys_without_end_are_one_sentence(tmp_path):
+    items = [json.dumps({"item_id": str(n), "title": "T", f"key{n}": 1}) for n in range(2_000)]
+    with pytest.raises(UserError, match="row 999: over 1,000 different keys"):
+        import_sequences(write(tmp_path / "in", items=items))

@@ -153,7 +153,7 @@ def open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}): write it again.") from error
+        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}): check the path.") from error
 
 
 def _read_parquet(

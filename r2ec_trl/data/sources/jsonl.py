@@ -24,6 +24,7 @@ from r2ec_trl.progress import report
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE = 64 << 20  # bytes: a longer one is no table, and would not fit into memory
+MOST_KEYS = 1_000  # of all lines together: each is a column of every item
 UNREADABLE = "row that cannot be read"
 UNNAMED = "unnamed column "  # and its number
 ROW = "__row__"  # no source has a column of this name
@@ -234,6 +235,10 @@ def read_objects(path: str | os.PathLike[str], names: Mapping[str, str], skipped
             if line.strip() and (row := parsed(line, flat, number, path, skipped)) is not None:
                 columns.update(dict.fromkeys(row))
                 rows.append({**row, ROW: number})
+                if len(columns) > MOST_KEYS:
+                    raise UserError(
+                        f"{path}, row {number}: over {MOST_KEYS:,} different keys; give all rows the same."
+                    )
     if not rows:
         raise UserError(f"{path} is empty: a catalogue needs at least one item.")
     return pl.DataFrame(rows, schema={**dict.fromkeys(columns, pl.String), ROW: pl.Int64})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -70,6 +71,10 @@ def import_recbole(
         if split:
             frame = frame.with_columns(pl.lit(SPLIT_CODES[split], dtype=pl.Int8).alias("split"))
         interactions.append(frame)
+    if len({frame.width for frame in interactions}) > 1:
+        raise UserError(
+            f"'{folder}': only some files of {name} have the column {rating_column!r}: give all of them it."
+        )
     items_path, rows = Path(folder) / f"{name}.item", pl.concat(interactions)
     items = _items(items_path, item_column, title_column, skipped)
     if items_path.is_file():
@@ -79,7 +84,7 @@ def import_recbole(
 
 def _find(folder: Path) -> tuple[str, dict[str, Path]]:
     files = sorted(folder.glob("*.inter"))
-    names = {file.name.split(".")[0] for file in files}
+    names = {re.sub(r"(\.(train|valid|test))?\.inter$", "", file.name) for file in files}
     if len(names) != 1:
         found = f"files of {', '.join(sorted(names))}" if names else "no .inter file"
         raise UserError(f"'{folder}' holds {found}: pass a folder of exactly one dataset in RecBole's atomic format.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,8 @@ from r2ec_trl.data.sources.jsonl import ROW, Schema, read_jsonl, read_objects, r
 from r2ec_trl.data.sources.source import TOO_LATE, Kind, checked_ids, checked_items
 from r2ec_trl.data.text import clean_text
 from r2ec_trl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",), ITEMS: (ITEMS,)}
 _SCHEMA: Schema = {
@@ -60,6 +63,10 @@ def import_sequences(
     items = items.with_columns(title=pl.when(clean_text(items["title"]).is_not_null()).then("title"))
     items = checked_items(items, paths[ITEMS], skipped, strict=True)
     splits = {split: _read_rows(paths[split], items["item_id"], skipped) for split in SPLITS}
+    for column in _TYPES:
+        lacking = [split for split in SPLITS if column not in splits[split].columns]
+        if 0 < len(lacking) < len(SPLITS):
+            logger.warning("'%s': no %s in %s, so that prompts differ.", folder, column, " and ".join(lacking))
     splits[ITEMS] = items
     return DatasetDict({split: to_dataset(frame) for split, frame in splits.items()})
 

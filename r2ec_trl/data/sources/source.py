@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -18,11 +19,13 @@ from r2ec_trl.errors import UserError
 logger = logging.getLogger(__name__)
 
 TOO_LATE = 100_000_000_000  # seconds: the year 5138
+LONGEST_ID = 10_000  # bytes: a longer one is no id
 STARS = 5  # what prompts say ratings are out of
 _CLOCKS = (" %H:%M", " %H:%M:%S%.f")
 UNIT_FLAG = "--timestamp_unit"
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 MISSING = (
+    "NA",
     "NaN",
     "nan",
     "<NA>",
@@ -139,6 +142,10 @@ def check_interactions(
         logger.warning("%s: no time is after 1973 %s.", path, _other_unit(latest, unit, flag, finer=False))
     if len(rows) > 1 and rows["timestamp"].min() == latest:
         logger.warning("%s: every row has the same time, so that the order of a user's items is chance.", path)
+    if 19_000_101 <= rows["timestamp"].min() and latest <= 21_001_231:  # type: ignore[operator]
+        logger.warning(
+            "%s: times such as %d are taken as %s since 1970; write days as 2020-01-31.", path, latest, unit
+        )
     return rows
 
 
@@ -158,7 +165,7 @@ def _check(
         columns.insert(2, "rating")
     if "split" in frame.columns:
         columns.append("split")
-    frame = frame.with_columns(_ticks(frame["timestamp"], ticks).alias(_PARSED))
+    frame = frame.with_columns(_ticks(frame["timestamp"], ticks, path).alias(_PARSED))
     time = pl.col(_PARSED)
     frame = reject(
         frame, time.is_null(), "has a timestamp that is no whole number and no date", path, skipped, "timestamp"
@@ -192,9 +199,14 @@ def checked_ids(
         ids = frame[column]
         if ids.dtype.is_float():
             whole = ids.cast(pl.Int64, strict=False)
-            ids = whole if (whole.cast(ids.dtype) == ids).all() else ids
+            is_whole = (whole.cast(ids.dtype) == ids).fill_null(False)
+            ids = whole.cast(pl.String).zip_with(is_whole, ids.cast(pl.String))
         ids = ids.cast(pl.String).str.strip_chars()
         frame = frame.with_columns(ids)
+        long = pl.col(column).str.len_bytes() > LONGEST_ID
+        frame = reject(
+            frame, long & pl.col(column).is_not_null(), f"has a {column} of over {LONGEST_ID:,} bytes", path, skipped
+        )
         bad = pl.col(column).is_null() | pl.col(column).is_in(["", *MISSING])
         frame = reject(frame, bad, f"has no {column}", path, skipped)
     return frame
@@ -230,11 +242,14 @@ def check_same_ids(interactions: pl.DataFrame, items: pl.DataFrame, path: object
         )
 
 
-def _ticks(time: pl.Series, ticks: int) -> pl.Series:
+def _ticks(time: pl.Series, ticks: int, path: object) -> pl.Series:
     """Whole ticks, null where there are none: `881250949`, `8.8e8` and `5.0` are whole numbers, `5.5` is not."""
     if isinstance(time.dtype, (pl.Datetime, pl.Date)):
         unit: Any = "ns" if ticks == UNITS["ns"] else "us"
-        return time.cast(pl.Datetime(unit)).dt.epoch(unit) // (UNITS[unit] // ticks)
+        parts, size = time.cast(pl.Datetime(unit)).dt.epoch(unit), UNITS[unit] // ticks
+        if (parts % size != 0).any():
+            _tell_lost_parts(str(path), ticks)
+        return parts // size
     whole = time.cast(pl.Int64, strict=False) if time.dtype == pl.String or time.dtype.is_integer() else None
     if whole is not None and (whole.null_count() == 0 or time.dtype != pl.String):
         return whole
@@ -245,12 +260,22 @@ def _ticks(time: pl.Series, ticks: int) -> pl.Series:
     found = rounded if whole is None else whole.zip_with(whole.is_not_null(), rounded)
     if time.dtype != pl.String or found.null_count() == 0:
         return found
-    return found.zip_with(found.is_not_null(), _ticks(_dates(time), ticks))
+    return found.zip_with(found.is_not_null(), _ticks(_dates(time), ticks, path))
+
+
+@functools.cache
+def _tell_lost_parts(path: str, ticks: int) -> None:
+    """Once a file, however many blocks it is read in."""
+    logger.warning(
+        "%s: some times are finer than 1/%d s, within which order is chance: count in a finer unit.",
+        path,
+        ticks,
+    )
 
 
 def _dates(text: pl.Series) -> pl.Series:
-    """Moments (UTC where no zone is given) of `2018-09-20`, `2018-07-07 22:09:11`, `2020-01-01T00:00Z`; else null."""
-    text = text.str.replace("[Tt]", " ").str.replace("[Zz]$", "+00:00")
+    """Moments (UTC where no zone is given) of `2018-09-20`, `2018-07-07 22:09 UTC`, `2020-01-01T00:00Z`; else null."""
+    text = text.str.replace(" UTC$|[Zz]$", "+00:00").str.replace("[Tt]", " ")
     naive = [text.str.to_datetime(f"%Y-%m-%d{clock}", time_unit="ns", strict=False) for clock in ("", *_CLOCKS)]
     zoned = [text.str.to_datetime(f"%Y-%m-%d{clock}%z", time_unit="ns", strict=False) for clock in _CLOCKS]
     moments = [*naive, *(one.dt.convert_time_zone("UTC").dt.replace_time_zone(None) for one in zoned)]

@@ -62,6 +62,9 @@ def import_table(
     """
     dropped: Counter[str] = Counter()
     skipped = dropped if skip_bad_rows else None
+    for one in (path, items_path):
+        if one is not None and os.path.isdir(one):
+            raise UserError(f"{one} is a folder: join the files in it into one, and give that.")
     columns = {"user_id": user_column, "item_id": item_column, "timestamp": time_column}
     if rating_column:
         columns["rating"] = rating_column

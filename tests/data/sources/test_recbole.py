@@ -56,3 +56,14 @@ def test_blanks_and_repeats_in_a_header(tmp_path):
     )
     with pytest.raises(UserError, match="shop.item names column 'title' twice: rename one"):
         import_recbole(tmp_path)
+
+
+def test_ratings_in_some_files_alone_are_one_sentence_and_names_may_hold_dots(tmp_path):
+    head, row = "user_id:token\titem_id:token\ttimestamp:float", "u\ti\t1"
+    for word in ("train", "valid", "test"):
+        rated = word == "train"
+        text = f"{head}{chr(9) + 'rating:float' if rated else ''}\n{row}{chr(9) + '5' if rated else ''}\n"
+        (tmp_path / f"shop.v2.{word}.inter").write_text(text)
+    with pytest.raises(UserError, match="only some files of shop.v2 have the column 'rating'"):
+        import_recbole(tmp_path)
+    assert import_recbole(tmp_path, rating_column=None).interactions.height == 3

@@ -77,6 +77,7 @@ def test_dates_as_text_are_times_in_utc(unit, ticks):
         "2020-01-01T00:00:01Z": 1577836801,
         "2020-01-01T01:00:00.000+01:00": 1577836800,
         " 2020-01-01 00:00 ": 1577836800,
+        "2020-01-01 00:00:02 UTC": 1577836802,
         str(1577836800 * ticks): 1577836800,
     }
     rows = pl.DataFrame({"user_id": ["u"] * len(times), "item_id": ["a"] * len(times), "timestamp": list(times)})
@@ -92,3 +93,28 @@ def test_dates_as_text_are_times_in_utc(unit, ticks):
 def test_ratings_on_another_scale_are_told(caplog, highest, told):
     check_interactions([frame(rating=["1", highest])], "t.csv", skipped=None)
     assert ("train with --use_ratings false" in caplog.text) is told
+
+
+def test_one_id_is_written_in_one_way_whatever_stands_beside_it():
+    floats = [frame(user_id=[3.0, 4.0]), frame(user_id=[3.0, 4.5]), frame(user_id=[3.0, 1e30])]
+    found = check_interactions(floats, "t.parquet", skipped=None)["user_id"].to_list()
+    assert found == ["3", "4", "3", "4.5", "3", "1e+30"]
+
+
+def test_an_id_without_end_is_refused_before_it_is_hashed():
+    with pytest.raises(UserError, match="t.csv, row 2 has a item_id of over 10,000 bytes; mend the row"):
+        check_interactions([frame(item_id=["i" * 10_000, "j" * 10_001])], "t.csv", skipped=None)
+
+
+def test_days_written_as_numbers_are_told(caplog):
+    check_interactions([frame(timestamp=["20200131", "20200201"])], "t.csv", skipped=None)
+    assert "times such as 20200201 are taken as s since 1970; write days as 2020-01-31" in caplog.text
+
+
+@pytest.mark.parametrize("unit, told", [("s", True), ("ms", False)])
+@pytest.mark.parametrize("kind", [pl.String, pl.Datetime("us")])
+def test_times_finer_than_the_unit_are_told(caplog, unit, told, kind):
+    times = pl.Series(["2020-01-01 00:00:00.250", "2020-01-01 00:00:00.750"]).str.to_datetime("%Y-%m-%d %H:%M:%S%.f")
+    path = f"{unit}.{kind}"
+    found = check_interactions([frame(timestamp=times.cast(kind))], path, skipped=None, unit=unit)["timestamp"]
+    assert ("finer than 1/1 s" in caplog.text) is told and found.n_unique() == (1 if told else 2)

@@ -146,3 +146,10 @@ def test_items_are_told_apart_by_the_same_endings_as_interactions(tmp_path, endi
     writers |= {"jsonl.parquet": lambda: frame.write_parquet(path)}
     writers.get(ending, lambda: frame.write_ndjson(path))()
     assert import_items(path, "item_id", "title").rows() == [("a", "Ant"), ("b", "Bee")]
+
+
+@pytest.mark.parametrize("name", ["shards", "shards.parquet"])
+def test_a_folder_of_shards_is_one_sentence(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder: join the files in it into one"):
+        import_table(tmp_path / name)
