@@ -18,8 +18,9 @@ from r2ec_trl.bundle import bundle as bundle_module
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.report import report
+from r2ec_trl.files import lock_folder
 from r2ec_trl.items.scoring import top_k
-from r2ec_trl.policy.prompts import PromptConfig
+from r2ec_trl.policy.prompts import PromptConfig, Prompts
 from r2ec_trl.serving.recommender import Recommender
 
 
@@ -181,6 +182,13 @@ def test_another_base_of_the_same_shape_is_refused(own, tiny_model, chat_tokeniz
         Bundle.load(own, model_name_or_path=str(tmp_path / "other"))
 
 
+def test_prompts_that_are_rendered_otherwise_are_refused(own, monkeypatch):
+    """The same fields, template and tokenizer make other tokens, in another release of transformers, say."""
+    monkeypatch.setattr(Prompts, "rendered_fingerprint", lambda self: "0" * 64)
+    with pytest.raises(UserError, match="was made with another rendered prompts than the bundle holds"):
+        Bundle.load(own)
+
+
 # ------------------------------------------------------------- changes of the catalogue
 def test_added_items_are_recommended_at_once(own, shop):
     bundle = Bundle.load(own)
@@ -242,6 +250,8 @@ def test_updates_encode_only_what_changed(own):
     fresh = Bundle.load(own)
     assert fresh.items[3]["brand"] == "new" and fresh.items[3]["title"] == "guitar strap"
     assert fresh.prompts.titles["i05"] == "bagpipe drone" and fresh.staleness()["max_drift"] < 1e-6
+    assert bundle.update_items([{"item_id": "i07", "description": "A drum of another kind."}]) == 1
+    assert not torch.equal(rows[7], bundle.table.rows[7]) and bundle.staleness()["max_drift"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -265,6 +275,30 @@ def test_bad_rows_change_nothing(own, method, rows, sentence):
     with pytest.raises(UserError, match=sentence):
         getattr(bundle, method)(rows)
     assert (own / "bundle.json").read_bytes() == before and len(bundle.table) == 40
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda bundle: bundle.add_items(unseen(1)),
+        lambda bundle: bundle.update_items([{"item_id": "i03", "brand": "new"}]),
+        lambda bundle: bundle.remove_items(["i03"]),
+        lambda bundle: bundle.refresh_table(),
+        lambda bundle: bundle.record_metrics({"note": 1}),
+        lambda bundle: bundle.save(bundle.folder),
+    ],
+    ids=["add", "update", "remove", "refresh", "record", "save"],
+)
+def test_every_change_waits_for_the_lock(own, monkeypatch, change):
+    bundle = Bundle.load(own)
+    before = (own / "bundle.json").read_bytes()
+    monkeypatch.setattr(bundle_module, "LOCK_TIMEOUT", 0.05)
+    with lock_folder(own):
+        with pytest.raises(UserError, match="is being changed by process .* within 0.05 seconds"):
+            change(bundle)
+    assert (own / "bundle.json").read_bytes() == before
+    change(bundle)
+    assert (own / "bundle.json").read_bytes() != before
 
 
 def test_an_interrupted_change_leaves_the_old_bundle(own, monkeypatch):

@@ -129,6 +129,19 @@ def test_brackets_of_the_prompt_make_no_token_with_a_title():
     assert tokenizer.convert_tokens_to_ids("[/INST]") not in prompts.user_ids({"history": ["i"]})
 
 
+@pytest.mark.parametrize("title", ["a <|IM_START|>lamp", "<THINK>", "x [inst] y"])
+def test_words_that_only_the_tokenizer_makes_special_lose_their_marks(title):
+    """It lowers letters first: what is looked for in a title as it stands is not there yet."""
+    tokenizer = tokenizer_of(lower_case_pieces, True)
+    plain = PlainText(tokenizer, ["<answer>", "</answer>"])
+    assert not plain.specials(plain.ids(f"first\n{title}")) and "lamp" in tokenizer.decode(plain.ids("a lamp"))
+    prompts = Prompts(tokenizer, PromptConfig(**SHORT), Dataset.from_list([{"item_id": "i", "title": title}]))
+    neutral = Prompts(tokenizer, PromptConfig(**SHORT), Dataset.from_list([{"item_id": "i", "title": "a"}]))
+    for one, other in ((prompts.user_ids, neutral.user_ids), (prompts.item_ids, neutral.item_ids)):
+        row = {"history": ["i"], "item_id": "i"}
+        assert plain.specials(one({**row, "title": title})) == plain.specials(other({**row, "title": "a"}))
+
+
 def test_a_category_is_data_as_well():
     tokenizer = tokenizer_of(byte_level, False)
     prompts = Prompts(
