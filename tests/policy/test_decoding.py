@@ -126,7 +126,6 @@ def test_the_marker_ends_a_row_and_a_watch_may(tiny_model, reader, chat_tokenize
         {"top_k": 40, "top_p": 0.8},
         {"top_k": 0, "top_p": 0.6},
         {"top_k": 0, "min_p": 0.1},
-        {"top_k": 0, "repetition_penalty": 1.4},
         {"top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
     ],
 )
@@ -184,6 +183,13 @@ def test_only_a_token_that_may_end_the_marker_is_read(reader, chat_tokenizer, mo
             True
         ]
     assert sum(count > 1 for count in decoded) <= 4  # `>` and the space, twice
+
+
+def test_a_penalty_makes_what_was_written_less_likely_whatever_its_sign():
+    """-1 times 1.4 is below -1.2, and 1 over 1.4 is below .8: the other token is next."""
+    for logits in ([-1.0, -1.2], [1.0, 0.8]):
+        config = config_of(repetition_penalty=1.4)
+        assert next_tokens(torch.tensor([logits]), torch.tensor([[0]]), config, 0, set()).tolist() == [1]
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
