@@ -1,7 +1,6 @@
 """G sampled reasonings a user with their ranks: what a reward is tried on, and what "best of G" chooses from."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -9,8 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from r2ec_trl.evaluation.users import rank_users
 from r2ec_trl.items.encoding import make_encoder
-from r2ec_trl.items.scoring import exclusion_matrix
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.answer_state import pad_right
 from r2ec_trl.policy.batching import length_sorted_batches
@@ -19,7 +18,6 @@ from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.progress import track
 
-NUM_TOP_ITEMS = 10
 LIKELIHOOD_SHARE = 8  # of the token budget: a forward of theirs holds logits of the whole vocabulary
 
 
@@ -118,31 +116,18 @@ def sample_users(
     lengths = [len(prompt) for prompt in prompt_ids]
     states = table.project(make_encoder(model, prompts, token_budget)(sequences, prompt_lengths=lengths))
     states = states.to(table.device)
-    targets = torch.tensor(table.row_indices(users["target"][:]), device=table.device)[row]
     histories = [table.row_indices(history) for history in users["history"][:]]
-    excluded = exclusion_matrix([histories[i] for i in row], table.device)
-    scores = table.rank(states, targets, temperature=item_temperature)
-    masked = table.rank(states, targets, temperature=item_temperature, excluded=excluded, keep_target=False)
-    _, best = table.best(states, NUM_TOP_ITEMS)
-    decode = prompts.tokenizer.batch_decode
-    columns: dict[str, Any] = {
-        "row": row,
-        "user_id": [users["user_id"][i] for i in row],
-        "target": [users["target"][i] for i in row],
-        "rank": scores.rank.tolist(),
-        "rank_masked": masked.rank.tolist(),
-        "logprob": scores.logprob.tolist(),
-        "reasoning": decode([rollout.ids for rollout in rollouts], skip_special_tokens=True),
-        "reasoning_tokens": [sum(rollout.trained) for rollout in rollouts],
-        "has_marker": [rollout.has_marker for rollout in rollouts],
-        "top_item_ids": [[table.item_ids[item] for item in items] for items in best.tolist()],
+    each = [histories[i] for i in row]
+    frame, scores = rank_users(prompts, table, users.select(row), each, states, rollouts, item_temperature)
+    written = [rollout.ids[: sum(rollout.trained)] for rollout in rollouts]
+    columns = {
         "target_prob": scores.logprob.exp().tolist(),
         "target_score": scores.score.tolist(),
         "log_likelihood": log_likelihoods(model, prompt_ids, rollouts, prompts.tokenizer.pad_token_id, token_budget),
-        "completion": decode([r.ids[: sum(r.trained)] for r in rollouts], skip_special_tokens=True),
+        "completion": prompts.tokenizer.batch_decode(written, skip_special_tokens=True),
         "completion_ids": [rollout.ids for rollout in rollouts],
     }
-    return pl.DataFrame(columns), rollouts
+    return frame.insert_column(0, pl.Series("row", row)).hstack(pl.DataFrame(columns)), rollouts
 
 
 def most_likely(frame: pl.DataFrame) -> list[int]:

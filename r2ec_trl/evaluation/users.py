@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder
-from r2ec_trl.items.scoring import exclusion_matrix
+from r2ec_trl.items.scoring import CatalogueScores, exclusion_matrix
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.metrics import bootstrap_interval, ndcg_at_k, summarise_ranks
 from r2ec_trl.policy.generation import generate_reasoning
@@ -22,6 +22,7 @@ from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader, Reasoner, Rollout, Watch
 
 REASONING_MODES = ("full", "none", "truncated", "other")
+NUM_TOP_ITEMS = 10
 
 
 def alter_reasoning(rollouts: Sequence[Rollout], reader: MarkerReader, reasoning: str, seed: int = 0) -> list[Rollout]:
@@ -113,9 +114,7 @@ def evaluate_users(
     temperature: float,
     reasoning: str = "full",
     token_budget: int = 16_384,
-    num_top_items: int = 10,
     rollouts: Sequence[Rollout] | None = None,
-    reasoner: Reasoner | None = None,
 ) -> pl.DataFrame:
     """
     Rank every user's target in the whole catalogue, with the history masked and not.
@@ -131,23 +130,19 @@ def evaluate_users(
             τ of the log-probability column.
         reasoning (`str`, *optional*, defaults to `"full"`):
             See [`alter_reasoning`].
-        num_top_items (`int`, *optional*, defaults to `10`):
-            Length of `top_item_ids` (history not masked).
         rollouts (`Sequence[Rollout]`, *optional*):
-            Each user's own rollout where it is known already.
-        reasoner ([`~r2ec_trl.policy.rollouts.Reasoner`], *optional*):
-            Writes them otherwise; by default the policy itself, greedily.
+            Each user's own rollout where it is known already; the policy writes them otherwise, greedily.
 
     Returns:
         `polars.DataFrame`: one row a user, in order: `user_id`, `target`, `rank`, `rank_masked` (1-based, ties against
         the target; a masked repeat is rank N+1), `logprob`, `reasoning`, `reasoning_tokens`, `has_marker`,
-        `top_item_ids`.
+        `top_item_ids` (10, history not masked).
     """
     reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
-    engine = reasoner or partial(generate_reasoning, model, reader, batch_tokens=2 * token_budget)
+    write = partial(generate_reasoning, model, reader, batch_tokens=2 * token_budget)
 
     def reason(*question: Any, **options: Any) -> list[Rollout]:
-        written = engine(*question, **options) if rollouts is None else rollouts[: len(asked)]
+        written = write(*question, **options) if rollouts is None else rollouts[: len(asked)]
         return alter_reasoning(written, reader, reasoning)
 
     histories = [table.row_indices(history) for history in dataset["history"]]
@@ -157,25 +152,39 @@ def evaluate_users(
     states, used = answer_users(model, prompts, table, asked, reason, max_new_tokens, token_budget, modes)
     if strangers:
         states, used = states.expand(len(dataset), -1), used * len(dataset)
+    return rank_users(prompts, table, dataset, histories, states, used, temperature)[0]
+
+
+def rank_users(
+    prompts: Prompts,
+    table: ItemTable,
+    dataset: Dataset,
+    histories: list[list[int]],
+    states: torch.Tensor,
+    rollouts: Sequence[Rollout],
+    temperature: float,
+) -> tuple[pl.DataFrame, CatalogueScores]:
+    """
+    The frame of [`evaluate_users`] from answer states `(users, d)`, the rollouts they were read after and the rows of
+    the histories, and the scores of the targets with the history not masked.
+    """
     excluded = exclusion_matrix(histories, table.device)
     targets = torch.tensor(table.row_indices(dataset["target"]), device=table.device)
     scores = table.rank(states, targets, temperature=temperature)
     masked = table.rank(states, targets, temperature=temperature, excluded=excluded, keep_target=False)
-    _, best = table.best(states, num_top_items)
-    texts = prompts.tokenizer.batch_decode([rollout.ids for rollout in used], skip_special_tokens=True)
-    return pl.DataFrame(
-        {
-            "user_id": dataset["user_id"][:],
-            "target": dataset["target"][:],
-            "rank": scores.rank.tolist(),
-            "rank_masked": masked.rank.tolist(),
-            "logprob": scores.logprob.tolist(),
-            "reasoning": texts,
-            "reasoning_tokens": [sum(rollout.trained) for rollout in used],
-            "has_marker": [rollout.has_marker for rollout in used],
-            "top_item_ids": [[table.item_ids[row] for row in rows] for rows in best.tolist()],
-        }
-    )
+    _, best = table.best(states, NUM_TOP_ITEMS)
+    columns = {
+        "user_id": dataset["user_id"][:],
+        "target": dataset["target"][:],
+        "rank": scores.rank.tolist(),
+        "rank_masked": masked.rank.tolist(),
+        "logprob": scores.logprob.tolist(),
+        "reasoning": prompts.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True),
+        "reasoning_tokens": [sum(rollout.trained) for rollout in rollouts],
+        "has_marker": [rollout.has_marker for rollout in rollouts],
+        "top_item_ids": [[table.item_ids[row] for row in rows] for rows in best.tolist()],
+    }
+    return pl.DataFrame(columns), scores
 
 
 def summarise_users(frame: pl.DataFrame) -> dict[str, float]:
