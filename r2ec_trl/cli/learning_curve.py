@@ -40,7 +40,7 @@ class LearningCurveCallback(TrainerCallback):
             for row in state.log_history
         ]
         write_text(folder / "log_history.json", json.dumps(history, indent=1, default=float, allow_nan=False) + "\n")
-        figure = self.draw(history, *selection_figure(args))
+        figure = self.draw(history, *selection_figure(getattr(args, "selection_metric", None)))
         write_with(folder / "learning_curve.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
     def draw(

@@ -66,7 +66,7 @@ class RecPOProgressCallback(TrainerCallback):
         self._work: WorkDisplay | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._metric, self._words = selection_figure(args)
+        self._metric, self._words = selection_figure(getattr(args, "selection_metric", None))
         if not state.is_world_process_zero or is_plain(self.console):
             return
         self._bar = make_bar(self.console)

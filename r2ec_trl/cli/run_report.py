@@ -21,7 +21,7 @@ from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, flat, read_ranks
 from r2ec_trl.files import write_text
 from r2ec_trl.metrics import PERCENT
-from r2ec_trl.training.health import VALIDATION_NDCG
+from r2ec_trl.training.health import selection_figure
 
 REPORT_FILE = "report.html"
 METRICS = ("hit@5", "ndcg@5", "hit@10", "ndcg@10")
@@ -74,7 +74,10 @@ def _page(
     history, *audits = named[1:]
     modes = _read(audits[0], "evaluate.py --audit true writes one")["modes"] if audits else {}
     logs = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
-    after = result["after"]
+    after, curve = result["after"], None
+    if logs:
+        chosen_by = selection_figure(result["training"]["arguments"].get("metric_for_best_model"))
+        curve = _svg(LearningCurveCallback().draw(logs, *chosen_by))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(Path(__file__).with_name("run_report.html").read_text(encoding="utf-8")).render(
         title=f"R²ec: {folder.resolve().name}",
@@ -85,7 +88,7 @@ def _page(
         systems=lambda mask: _systems(result, mask),
         difference=result.get("difference"),
         names=_name,
-        curve=_svg(LearningCurveCallback().draw(logs, *_selection(result))) if logs else None,
+        curve=curve,
         audit=modes,
         audit_picture=_svg(draw_audit(modes)) if modes else None,
         users=[_user(frames, row, why, titles, users) for row, why in shown_rows(frames)],
@@ -116,12 +119,6 @@ def _systems(result: Mapping[str, Any], mask: str) -> list[tuple[str, Any]]:
     after = [(_name(name), one) for name, one in result["after"][mask].items() if name != "model"]
     before = [("before", result["before"][mask]["model"])] if "before" in result else []
     return [*after, *before, ("after", result["after"][mask]["model"])]
-
-
-def _selection(result: Mapping[str, Any]) -> tuple[str, str]:
-    metric = result["training"]["arguments"].get("metric_for_best_model") or VALIDATION_NDCG.removeprefix("eval_")
-    masked = ", history masked" if "masked" in metric else ""
-    return f"eval_{metric.removeprefix('eval_')}", f"validation NDCG@10{masked}"
 
 
 def _user(

@@ -30,11 +30,8 @@ ITEM_TEMPLATE = "Summarise the key attributes of the following {category} inside
 FIELD_LABELS = {"average_rating": "Average rating", "rating_number": "Number of buyers"}
 LONG_WORD = 40  # characters: no word of a language with blanks
 MAX_SHARING = 10  # a catalogue with fewer different prompts than one for so many titles shows the wrong columns
-LATER_FIELDS = (
-    "prompt_date",
-    "chat_template_kwargs",
-    "no_history",
-)  # not in fingerprints of 0.1.0; at their defaults they say nothing
+# not in fingerprints of 0.1.0; at their defaults they say nothing
+LATER_FIELDS = ("prompt_date", "chat_template_kwargs", "no_history")
 _UNITS = ((31_536_000, "year"), (2_592_000, "month"), (604_800, "week"), (86_400, "day"), (3_600, "hour"))
 
 

@@ -40,9 +40,9 @@ SAMPLING_DIFFERENCE = 0.1
 TOP1_SHARE = 0.3
 
 
-def selection_figure(args: Any) -> tuple[str, str]:
-    """The logged validation figure that chooses the best weights, and its name in words (`--selection_mask`)."""
-    metric = getattr(args, "selection_metric", None) or VALIDATION_NDCG.removeprefix("eval_")
+def selection_figure(metric: str | None) -> tuple[str, str]:
+    """The logged validation figure of the metric that chooses the best weights (NDCG@10), and its name in words."""
+    metric = (metric or VALIDATION_NDCG).removeprefix("eval_")
     return f"eval_{metric}", "validation NDCG@10" + (", history masked" if "masked" in metric else "")
 
 
