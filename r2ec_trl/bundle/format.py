@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from r2ec_trl.bundle.meta import CATALOGUE_FOLDER, META_FILE, SEAL, BundleMeta, first_line, read_json, read_meta
+from r2ec_trl.bundle.meta import CATALOGUE_FOLDER, META_FILE, SEAL, BundleMeta, read_json, read_meta
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.schema import arrow_batches
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.files import build_folder, remove_leftovers, write_json
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy import loading

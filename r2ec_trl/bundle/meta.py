@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.files import write_json
 from r2ec_trl.policy.prompts import LATER_FIELDS, PromptConfig
 from r2ec_trl.policy.settings import SIMILARITIES
@@ -173,11 +173,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} holds a {type(value).__name__}, not an object with keys.")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """An error's reason in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read(kind: Any, values: Any, where: str) -> Any:

@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.sources.jsonl import listing
 from r2ec_trl.data.sources.source import TOO_LATE
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.files import build_folder, write_json
 from r2ec_trl.progress import report
 
@@ -84,7 +84,7 @@ def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, pa.ArrowException) as error:
         raise UserError(
-            f"'{path}' cannot be read as a dataset folder ({_first_line(error)}): prepare one with "
+            f"'{path}' cannot be read as a dataset folder ({first_line(error)}): prepare one with "
             "recipes/prepare_data.py."
         ) from error
     validate_dataset(dataset, str(path))
@@ -132,7 +132,7 @@ def load_dataset_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"'{path}' has no {CARD}: prepare the folder with recipes/prepare_data.py.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({_first_line(error)}): prepare the folder again.") from error
+        raise UserError(f"{file} cannot be read ({first_line(error)}): prepare the folder again.") from error
     if not isinstance(card, dict):
         raise UserError(f"{file} holds a {type(card).__name__}, not a table of keys: prepare the folder again.")
     _check_card(card, str(file))
@@ -377,7 +377,3 @@ def _check_card(card: dict[str, Any], where: str) -> None:
     for key, kind in {**CARD_KEYS, **_MORE_CARD_KEYS}.items():
         if key in card and not isinstance(card[key], kind):
             raise UserError(f"{where}: '{key}' holds {card[key]!r:.60}, which is no {kind.__name__}: mend the card.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ from r2ec_trl.data.sources.source import (
     check_same_ids,
     checked_ids,
 )
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.progress import report
 
 HUB = "McAuley-Lab/Amazon-Reviews-2023"
@@ -146,9 +146,8 @@ def _from_hub(name: str) -> Path:
     except EntryNotFoundError as error:
         raise UserError(f"{HUB} on the hub has no {name}: check --amazon_category and --reviews.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"The hub gives no {name} ({cause}): try --input authors, or a folder of the files."
+            f"The hub gives no {name} ({first_line(error)}): try --input authors, or a folder of the files."
         ) from error
 
 

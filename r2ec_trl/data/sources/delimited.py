@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r2ec_trl.data.sources.jsonl import ROW, UNNAMED, UNREADABLE, blocks, first_keys, flat_text, listing, read_jsonl
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}): check the path.") from error
+        raise UserError(f"{path} cannot be read as parquet ({first_line(error)}): check the path.") from error
 
 
 def _read_parquet(
@@ -173,7 +173,7 @@ def _read_parquet(
         except UserError:
             raise
         except (pa.ArrowException, OSError, ValueError, pl.exceptions.PolarsError) as error:
-            fault = f"is damaged after row {row - 1} ({_first_line(error)}): write it again"
+            fault = f"is damaged after row {row - 1} ({first_line(error)}): write it again"
             raise UserError(f"{path} {fault}.") from error
 
 
@@ -394,7 +394,3 @@ def check_unique(names: Iterable[str], path: str | os.PathLike[str]) -> None:
 def is_index(name: str) -> bool:
     """Whether a column is what pandas leaves behind: an index without a name."""
     return name.startswith((UNNAMED, "Unnamed: ", "__index_level_"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
