@@ -4,12 +4,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     except ValueError as error:
         raise UserError(f"{str(path)!r} cannot be written: a figure in it is NaN or infinite ({error}).") from error
     write_text(path, text + "\n")
+
+
+def finite(value: Any) -> Any:
+    """A nested value with `None` for NaN and infinities, as JSON needs it."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 (hex) of a file, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_with(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:

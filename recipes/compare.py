@@ -22,8 +22,8 @@ from r2ec_trl.cli.tables import comparison_table
 from r2ec_trl.cli.terminal import say
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.comparison import check_rows, compare_runs, differences
-from r2ec_trl.evaluation.report import finite, read_ranks
-from r2ec_trl.files import write_json, write_with
+from r2ec_trl.evaluation.report import read_ranks
+from r2ec_trl.files import finite, write_json, write_with
 from r2ec_trl.metrics import KINDS
 
 METRICS = ("hit@10", "ndcg@10")

@@ -42,10 +42,10 @@ from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.comparison import check_rows, differences
 from r2ec_trl.evaluation.reasoning_audit import COUNTED_MODES, audit_modes, audit_reasoning, split_mode
-from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, finite, protocol, read_ranks
+from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, protocol, read_ranks
 from r2ec_trl.evaluation.sampling import most_likely, sample_users
 from r2ec_trl.evaluation.users import REASONING_MODES, alter_reasoning, gather_rows, own_rows, without_histories
-from r2ec_trl.files import write_json, write_with
+from r2ec_trl.files import finite, write_json, write_with
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 

@@ -26,10 +26,10 @@ from r2ec_trl.cli.reward_trial import examples, trial_table
 from r2ec_trl.cli.run_start import check_writable
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation.report import finite, protocol, write_frame
+from r2ec_trl.evaluation.report import protocol, write_frame
 from r2ec_trl.evaluation.reward_trial import read_rollouts, rollout_rows, try_rewards
 from r2ec_trl.evaluation.sampling import sample_users
-from r2ec_trl.files import write_json
+from r2ec_trl.files import finite, write_json
 from r2ec_trl.policy.loading import PolicyArguments
 from r2ec_trl.rewards import Reward, load_reward
 

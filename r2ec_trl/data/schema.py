@@ -26,7 +26,7 @@ from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.sources.jsonl import listing
 from r2ec_trl.data.sources.source import TOO_LATE
 from r2ec_trl.errors import UserError, first_line
-from r2ec_trl.files import build_folder, write_json
+from r2ec_trl.files import build_folder, file_sha256, write_json
 from r2ec_trl.progress import report
 
 SPLITS = ("train", "validation", "test")
@@ -93,14 +93,9 @@ def load_dataset_folder(path: str | os.PathLike[str]) -> DatasetDict:
 
 def _check_files(folder: Path, digests: dict[str, str]) -> None:
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
-        for name, digest in zip(digests, pool.map(lambda name: _digest(_inside(folder, name)), digests)):
+        for name, digest in zip(digests, pool.map(lambda name: file_sha256(_inside(folder, name)), digests)):
             if digest != digests[name]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not that of {CARD}")
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -189,7 +184,7 @@ def write_dataset(dataset: DatasetDict, folder: Path, card: dict[str, Any], name
         digests = {split: future.result() for split, future in hashed.items()}
         _name_splits(folder, digests)
         files = sorted(str(file.relative_to(folder)) for split in there for file in (folder / split).iterdir())
-        of_files = dict(zip(files, pool.map(lambda file: _digest(folder / file), files)))
+        of_files = dict(zip(files, pool.map(lambda file: file_sha256(folder / file), files)))
     report("checking and writing rows", rows, rows)
     counts = {**card.get("counts", {}), **{split: len(dataset[split]) for split in there}}
     whole = {**card, "counts": counts, "sha256": digests, "files": of_files}

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.slices import TOP, beyond_accuracy, slices_of
-from r2ec_trl.files import write_json, write_with
+from r2ec_trl.files import finite, write_json, write_with
 from r2ec_trl.metrics import CUTOFFS, KINDS, PERCENT, RESAMPLES, bootstrap_interval, metric_values
 
 METRICS_FILE = "metrics.json"
@@ -175,15 +175,6 @@ def read_ranks(folder: str | os.PathLike[str]) -> tuple[pl.DataFrame, dict[str, 
                 f"{file}: the column {name} ({column.dtype}) must hold {wanted} in every row; evaluate again."
             )
     return frame.cast(_COLUMNS), found  # type: ignore[arg-type]
-
-
-def finite(value: Any) -> Any:
-    """A nested value with `None` for NaN and infinities, as JSON needs it."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figures(

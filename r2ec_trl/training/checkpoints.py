@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there: a manifest written last, resuming from the newest whole one, the table."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.files import write_json
+from r2ec_trl.files import file_sha256, write_json
 from r2ec_trl.items.table import ItemTable
 
 logger = logging.getLogger(__name__)
@@ -49,17 +48,12 @@ def write_manifest(folder: Path) -> None:
     more than that of any other of the run: a run that went back to an earlier step, or was copied, keeps its order.
     """
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     }
     numbers = [number for number, _ in map(_age, checkpoints(folder.parent)) if number < math.inf]
     write_json(folder / MANIFEST, {"files": files, "number": 1 + max(numbers, default=0)})
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(folder: Path) -> dict[str, tuple[int, str | None]]:
@@ -80,7 +74,7 @@ def is_whole(folder: str | os.PathLike, content: bool = False) -> bool:
     try:
         for name, (size, digest) in _manifest(folder).items():
             path = folder / name
-            if path.stat().st_size != size or (content and digest is not None and _sha256(path) != digest):
+            if path.stat().st_size != size or (content and digest is not None and file_sha256(path) != digest):
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

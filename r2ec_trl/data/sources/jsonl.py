@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import polars as pl
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.files import finite
 from r2ec_trl.progress import report
 
 BLOCK_BYTES = 8 << 20
@@ -118,7 +119,8 @@ def blocks(path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> Iter
                     f"{path} is damaged after row {row - 1} ({' '.join(str(error).split())}): fetch the file again."
                 ) from error
             if is_first:
-                is_first, read = False, _checked_start(read, path)
+                refuse_no_text(read, path)
+                is_first, read = False, read.removeprefix(b"\xef\xbb\xbf")
             report(f"reading {os.path.basename(path)}, MiB", packed.tell() >> 20 if read else size, size)
             if read:
                 reading = pool.submit(file.read, block_bytes)
@@ -147,11 +149,6 @@ def refuse_no_text(start: bytes, path: object) -> None:
         raise UserError(f"{path} {_UNPACK.format('tar')}.")
     if start[:4].count(0) > 1:
         raise UserError(f"{path} is UTF-16 text or no text at all: save it as UTF-8.")
-
-
-def _checked_start(start: bytes, path: str | os.PathLike[str]) -> bytes:
-    refuse_no_text(start, path)
-    return start.removeprefix(b"\xef\xbb\xbf")
 
 
 def _fast(block: bytes, schema: Schema) -> pl.DataFrame | None:
@@ -296,16 +293,8 @@ def as_text(value: Any) -> str | None:
         return format(Decimal(repr(value)), "f").removesuffix(".0")
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4000:
         raise ValueError("a number has over a thousand digits")
-    text = value if isinstance(value, str) else json.dumps(_finite(value), ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(finite(value), ensure_ascii=False)
     return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is not text
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flat_text(value: Any) -> str | None:
