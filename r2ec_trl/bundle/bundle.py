@@ -41,7 +41,7 @@ from r2ec_trl.evaluation.users import evaluate_users
 from r2ec_trl.files import build_folder, lock_folder, remove_folder, remove_leftovers, write_text
 from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.items.table import ItemTable
-from r2ec_trl.policy.adapters import adapter_parameters
+from r2ec_trl.policy.adapters import adapter_parameters, base_of
 from r2ec_trl.policy.answer_state import add_answer_state
 from r2ec_trl.policy.generation import generate_reasoning
 from r2ec_trl.policy.loading import DEMO, checked_device, dtype_name, quantization_of
@@ -90,7 +90,7 @@ class Bundle:
             raise UserError("The items are not those of the item table, in its order; encode the table for them.")
         self.model, self.prompts, self.table, self.items = model, prompts, table, items
         self.tokenizer, self.folder, self.model_card = prompts.tokenizer, folder, model_card
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         add_answer_state(base)
         base_name = base.config._name_or_path
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "tokenizers", "r2ec_trl")}

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from r2ec_trl.bundle.meta import BundleMeta
+from r2ec_trl.evaluation.report import flat
 
 BEGIN, END = "<!-- recommendation -->", "<!-- end of recommendation -->"
 SHOWN_METRICS = ("hit@5", "ndcg@5", "hit@10", "ndcg@10", "hit@20", "ndcg@20")
@@ -50,6 +51,7 @@ def write_card(card: str | None, meta: BundleMeta) -> str:
 def recommendation_section(meta: BundleMeta) -> str:
     """How to use it, what it recommends, the protocol of its figures, and the figures."""
     card, category = meta.dataset_card, meta.prompts.category
+    data: dict[str, Any] = {key: card[key] for key in ("source", "split_rule", "synthetic", "counts") if key in card}
     parts = [
         BEGIN,
         "## Recommendation",
@@ -60,8 +62,7 @@ def recommendation_section(meta: BundleMeta) -> str:
         'for user in recommender.recommend([{"history_titles": ["something bought before"]}], k=5):\n'
         "    print(user.reasoning)\n    for item in user.items:\n        print(item.score, item.title)\n```",
         "### Data",
-        _table(_flat({key: card[key] for key in ("source", "split_rule", "synthetic", "counts") if key in card}))
-        or "Not recorded.",
+        _table(flat(data, joint=": ")) or "Not recorded.",
         "### Protocol",
         _table(dataclasses.asdict(meta.protocol)),
     ]
@@ -84,13 +85,6 @@ def _metrics_table(metrics: Mapping[str, Any]) -> str:
 
 def _figure(value: Mapping[str, float]) -> str:
     return f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}: ") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _table(values: Mapping[str, Any]) -> str:
