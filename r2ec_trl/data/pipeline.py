@@ -116,8 +116,9 @@ def prepare(
     dropped = Counter(source.dropped)
     report("ordering, filtering, splitting", 0, 3)
     facts: dict[str, Any] = {"raw_interactions": source.interactions.height}
+    fields = source.item_fields if item_fields is None else item_fields
     with ThreadPoolExecutor(1) as pool:  # polars leaves the interpreter free
-        cleaning = pool.submit(item_text, source.items, _fields(item_fields, source), max_field_words)
+        cleaning = pool.submit(item_text, source.items, fields, max_field_words)
         events = sort_events(source, filters.tie_break)
         items = cleaning.result()
     report("ordering, filtering, splitting", 1, 3)
@@ -154,10 +155,6 @@ def prepare(
     splits[ITEMS] = to_dataset(_catalogue(items, events))
     report("ordering, filtering, splitting", 3, 3)
     return Prepared(DatasetDict(splits), Counter({cause: count for cause, count in dropped.items() if count}), facts)
-
-
-def _fields(chosen: Sequence[str] | None, source: Source) -> Sequence[str] | None:
-    return source.item_fields if chosen is None else chosen
 
 
 def _drop_low_ratings(events: Events, min_rating: float, dropped: Counter[str]) -> Events:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -87,17 +88,13 @@ class Job:
 
     def fail(self, error: BaseException) -> None:
         """End it with an error, if it has not ended."""
-        try:
+        with suppress(InvalidStateError):
             self.future.set_exception(error)
-        except InvalidStateError:
-            pass
 
     def finish(self, result: Recommendation) -> None:
         """End it with its answer, if it has not ended."""
-        try:
+        with suppress(InvalidStateError):
             self.future.set_result(result)
-        except InvalidStateError:
-            pass
 
 
 class Batcher:

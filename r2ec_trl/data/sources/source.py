@@ -24,20 +24,8 @@ STARS = 5  # what prompts say ratings are out of
 _CLOCKS = (" %H:%M", " %H:%M:%S%.f")
 UNIT_FLAG = "--timestamp_unit"
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-MISSING = (
-    "NA",
-    "NaN",
-    "nan",
-    "<NA>",
-    "NaT",
-    "None",
-    "null",
-    "NULL",
-    "N/A",
-    "n/a",
-    "#N/A",
-    "\\N",
-)  # how other programs write that there is nothing
+# how other programs write that there is nothing
+MISSING = ("NA", "NaN", "nan", "<NA>", "NaT", "None", "null", "NULL", "N/A", "n/a", "#N/A", "\\N")
 _PARSED = "__parsed__"
 SPLIT_CODES = {"train": 0, "validation": 1, "test": 2}
 
