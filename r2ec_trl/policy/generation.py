@@ -1,7 +1,6 @@
 """Greedy reasoning with transformers, and where its `generate` stops."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -151,7 +150,7 @@ def generate_reasoning(
     batches = length_sorted_batches(lengths, batch_tokens)
     for batch in track(batches, "users reasoned"):
         if covered is not None:
-            seen = None if watch is None else partial(_numbered, watch, batch)
+            seen = None if watch is None else (lambda place, ids: watch(batch[place], ids))
             written = decode(base, reader, [prompt_ids[index] for index in batch], covered, seen)
             rollouts.update({i: reader.finish(ids, end_ids) for i, ids in zip(batch, written, strict=True)})
             continue
@@ -169,7 +168,3 @@ def generate_reasoning(
         for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
             rollouts[index] = reader.finish(ids, end_ids)
     return [rollouts[index] for index in range(len(prompt_ids))]
-
-
-def _numbered(watch: Watch, numbers: Sequence[int], place: int, ids: list[int]) -> bool | None:
-    return watch(numbers[place], ids)

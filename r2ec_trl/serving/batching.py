@@ -301,7 +301,8 @@ class Batcher:
             return
         jobs = [job for job, _ in ready]
         try:
-            results = self.recommender.answer([question for _, question in ready], self._watch(jobs))
+            questions = [question for _, question in ready]
+            results = self.recommender.answer(questions, lambda number, ids: self._heard(jobs[number], ids))
         except Exception as error:
             if len(ready) == 1:
                 if not isinstance(error, UserError):
@@ -321,9 +322,6 @@ class Batcher:
                 job.finish(result)
         if self.observe is not None:
             self.observe(len(ready), sum(result.reasoning_tokens for result in results), seconds)
-
-    def _watch(self, jobs: Sequence[Job]) -> Callable[[int, list[int]], bool]:
-        return lambda number, ids: self._heard(jobs[number], ids)
 
     def _heard(self, job: Job, ids: list[int]) -> bool:
         """Tell a listener what is new of its reasoning; whether nobody waits for it any more."""

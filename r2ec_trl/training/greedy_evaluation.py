@@ -51,12 +51,6 @@ class GreedyEvaluation(_Base):
         ):
             yield model
 
-    def _greedy_rollouts(self, prompt_ids: list[list[int]]) -> list[Rollout] | None:
-        """Greedy rollouts of this process through vLLM where it is in use; `None`: the frozen policy makes them."""
-        if not getattr(self, "use_vllm", False):
-            return None
-        return self.vllm_generation.greedy(self.reader, prompt_ids, self.args.max_completion_length)
-
     def evaluate_frame(self, dataset: Dataset, reasoning: str | None = None) -> pl.DataFrame:
         """
         One row a user, see [`~r2ec_trl.evaluation.users.evaluate_users`]; the table is re-encoded with the current
@@ -84,11 +78,12 @@ class GreedyEvaluation(_Base):
         return gather_rows(frame, len(dataset))
 
     def own_users(self, dataset: Dataset, reasoning: str) -> tuple[Dataset, list[Rollout] | None]:
-        """This process's share of the users, never empty, and their rollouts where vLLM makes them."""
+        """This process's share of the users, never empty, and their greedy rollouts where vLLM makes them."""
         users = own_rows(dataset, self.accelerator)
-        if reasoning == "none":
+        if reasoning == "none" or not getattr(self, "use_vllm", False):
             return users, None
-        return users, self._greedy_rollouts([self.prompts.user_ids(user) for user in users])
+        prompt_ids = [self.prompts.user_ids(user) for user in users]
+        return users, self.vllm_generation.greedy(self.reader, prompt_ids, self.args.max_completion_length)
 
     def refresh_whole_table(self, model: Any) -> None:
         """Re-encode every row with `model`, the work shared out over the processes."""
