@@ -31,15 +31,7 @@ _ROWS = {
 
 
 def audit_tables(audit: Mapping[str, Any], card: Mapping[str, Any]) -> Iterator[Table]:
-    """
-    Tables of an audit and of the card beside it.
-
-    Args:
-        audit (`Mapping`):
-            From [`~r2ec_trl.data.audit.audit_dataset`].
-        card (`Mapping`):
-            The dataset card, or what is known of it.
-    """
+    """Tables of [`~r2ec_trl.data.audit.audit_dataset`], and of the dataset card or what is known of it."""
     yield _splits(audit, card)
     yield _pairs("catalogue", flat(audit["catalogue"], joint=": "))
     if facts := flat(card.get("facts", {}), joint=": "):

@@ -34,13 +34,8 @@ def recipes() -> dict[str, Path]:
 
 def launch_settings(name: str, folder: str) -> Path:
     """
-    The accelerate settings called `name`, or the file of that name, with DeepSpeed's file found from anywhere.
-
-    Args:
-        name (`str`):
-            Such as `"zero2"`, or the path of a YAML file.
-        folder (`str`):
-            Where a copy with absolute paths may be written.
+    The accelerate settings called `name` (such as `"zero2"`), or the YAML file of that name, copied into `folder` with
+    DeepSpeed's file found from anywhere.
     """
     known = {path.stem: path for path in (home() / "accelerate_configs").glob("*.yaml")}
     file = known.get(name, Path(name))

@@ -10,15 +10,7 @@ from r2ec_trl.metrics import PERCENT
 
 
 def comparison_figure(comparison: Mapping[str, Any], reference: str) -> Figure:
-    """
-    Differences of [`~r2ec_trl.evaluation.comparison.compare_runs`], a panel a mask and metric.
-
-    Args:
-        comparison (`Mapping`):
-            What it returned.
-        reference (`str`):
-            What the systems are compared with.
-    """
+    """Differences of [`~r2ec_trl.evaluation.comparison.compare_runs`] from `reference`, a panel a mask and metric."""
     systems = comparison["systems"]
     panels = [(mask, metric) for mask, figures in next(iter(systems.values())).items() for metric in figures]
     figure = Figure(figsize=(3.2 + 3.2 * len(panels), 1.6 + 0.35 * len(systems)), layout="constrained")

@@ -91,13 +91,7 @@ def at_hand(path: str) -> str:
 
 
 def doctor(folders: Sequence[str] = ()) -> str:
-    """
-    The report.
-
-    Args:
-        folders (`Sequence[str]`, *optional*):
-            Bundles, dataset folders, models or adapters to describe.
-    """
+    """The report, with the bundles, dataset folders, models or adapters in `folders` described."""
     lines = ["```text"]
     lines += [f"{name} {installed(name) or 'missing'}" for name in PACKAGES]
     lines += [f"{name} {found}" for name in OPTIONAL if (found := installed(name))]

@@ -145,17 +145,8 @@ def model_shape(
     trust_remote_code: bool = False,
 ) -> ModelShape:
     """
-    Count a model's parameters from its config; nothing is allocated.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            The model's.
-        attn_implementation (`str`, *optional*):
-            As for `from_pretrained`.
-        lora_rank (`int`, *optional*, defaults to `0`):
-            r; 0 trains all weights.
-        lora_modules (`str` or `list[str]`, *optional*):
-            Names of adapted modules, or `"all-linear"`.
+    Count a model's parameters from its config; nothing is allocated. Rank 0 trains all weights; `lora_modules` are
+    names of adapted modules, or `"all-linear"`.
     """
     model = empty_model(config, attn_implementation, trust_remote_code)
     text = config.get_text_config()
@@ -283,13 +274,8 @@ def _generation_bytes(shape: ModelShape, workload: Workload, precision: Precisio
 
 def optimizer_steps(users: int, args: Any) -> dict[str, float]:
     """
-    Users of a generation batch, batches and optimizer steps an epoch, users left over, and steps in all.
-
-    Args:
-        users (`int`):
-            Rows of the training split.
-        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
-            Settings.
+    Users of a generation batch, batches and optimizer steps an epoch, users left over, and steps in all, for so many
+    rows of the training split.
     """
     batch_users = args.generation_batch_size // args.num_generations
     batches = users // batch_users

@@ -199,10 +199,6 @@ def run(main: Callable[[], Any]) -> None:
     """
     Call a recipe's `main`: a [`UserError`], or a path that does not exist, ends it with one sentence on stderr and
     status 2. Anything else is a bug and keeps its traceback.
-
-    Args:
-        main (`Callable`):
-            The recipe.
     """
     cause: Exception
     try:

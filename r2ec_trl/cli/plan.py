@@ -106,18 +106,7 @@ class Plan:
 def make_plan(args: RecPOConfig, policy: PolicyArguments, dataset: DatasetDict) -> Plan:
     """
     Count, measure some prompts and check the settings; only config and tokenizer are loaded. Settles
-    `gradient_checkpointing="auto"`.
-
-    Args:
-        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
-            Settings.
-        policy ([`~r2ec_trl.policy.loading.PolicyArguments`]):
-            The model's.
-        dataset (`datasets.DatasetDict`):
-            A dataset folder's content.
-
-    Raises:
-        [`UserError`]: for a model or adapter whose config cannot be read.
+    `gradient_checkpointing="auto"`. [`UserError`] for a model or adapter whose config cannot be read.
     """
     name, rank, modules = _model_and_adapter(policy)
     shared = {"revision": policy.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -273,15 +262,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def version_problems(versions: Mapping[str, str], requirements: list[str] | None = None) -> list[str]:
-    """
-    Sentences for packages outside the ranges this library was tested with.
-
-    Args:
-        versions (`Mapping[str, str]`):
-            Of [`installed_versions`].
-        requirements (`list[str]`, *optional*):
-            Ranges; those of the installed library by default.
-    """
+    """Sentences for [`installed_versions`] outside `requirements`, by default the ranges this library declares."""
     if requirements is None:
         try:
             requirements = requires("r2ec_trl") or []

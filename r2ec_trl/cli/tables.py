@@ -31,11 +31,8 @@ def report_table(report: Mapping[str, Any]) -> Table:
 
 def run_table(result: Mapping[str, Any]) -> Table:
     """
-    A training run at one glance: a line a system, Hit@10 and NDCG@10, history not masked.
-
-    Args:
-        result (`Mapping[str, Any]`):
-            `after` and perhaps `before` (reports) and `difference` (a comparison), as `metrics.json` holds them.
+    A training run's `metrics.json` (`after`, perhaps `before` and `difference`) at one glance: a line a system, Hit@10
+    and NDCG@10, history not masked.
     """
     table = Table(title=_title(result["after"]), caption=f"{PERCENT} bootstrap intervals; all figures: metrics.json")
     table.add_column("test split", no_wrap=True)

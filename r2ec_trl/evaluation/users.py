@@ -227,13 +227,8 @@ def own_rows(dataset: Dataset, accelerator: Accelerator) -> Dataset:
 
 def gather_rows(frame: pl.DataFrame, rows: int) -> pl.DataFrame:
     """
-    The frames that all processes made of their [`own_rows`], one row each, as one frame in the dataset's order.
-
-    Args:
-        frame (`polars.DataFrame`):
-            This process's.
-        rows (`int`):
-            Rows of the whole dataset.
+    The frames that all processes made of their [`own_rows`], one row each, as one frame in the order of the dataset's
+    `rows` rows.
     """
     frames = gather_object([frame])
     places = [range(rank, rows, len(frames)) for rank in range(len(frames))]

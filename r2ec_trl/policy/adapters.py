@@ -21,13 +21,7 @@ MAX_WEIGHT = 65_504.0  # the largest number of float16; no trained adapter comes
 def adapter_folder(adapter: str) -> Path:
     """
     Local folder of an adapter, downloaded if `adapter` is a hub id; only its settings and safetensors are fetched.
-
-    Args:
-        adapter (`str`):
-            Folder or hub id.
-
-    Raises:
-        [`UserError`]: when there is none, or its weights are a pickle.
+    [`UserError`] when there is none, or its weights are a pickle.
     """
     folder = Path(adapter)
     if not folder.is_dir():

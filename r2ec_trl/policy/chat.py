@@ -143,15 +143,8 @@ class Chat:
 
 def pin_clock(template: str, today: date, texts: str = "") -> str:
     """
-    A template that asks for the date, with the answer before it: newer transformers take no function as a variable.
-
-    Args:
-        template (`str`):
-            Calls `strftime_now(format)`, or is returned as it is.
-        today (`datetime.date`):
-            What it is told.
-        texts (`str`, *optional*):
-            Where formats may stand besides.
+    A template that asks for the date by `strftime_now(format)`, with the answer before it: newer transformers take no
+    function as a variable. Formats are looked for in the template and in `texts`.
     """
     if "strftime_now" not in template:
         return template
@@ -165,13 +158,8 @@ _within_bounds: set[str] = set()
 
 def check_bounds(template: str, render: Callable[[], str]) -> None:
     """
-    Refuse a template that writes without end or never ends: it is rendered once in a child with limits.
-
-    Args:
-        template (`str`):
-            Its text; one that passed is not tried again.
-        render (`Callable`):
-            Renders it.
+    Refuse a template that writes without end or never ends: `render` is called once in a child with limits. One that
+    passed is not tried again.
     """
     if template in _within_bounds:
         return

@@ -51,13 +51,7 @@ LENGTH_KWARGS = {"min_new_tokens", "min_tokens"}  # of `generation_kwargs`: how 
 
 
 def check_options(settings: Any) -> None:
-    """
-    Raise [`UserError`] for an option that part of us would not obey.
-
-    Args:
-        settings (dataclass):
-            The arguments of a trainer, a recipe or a model, as they were given.
-    """
+    """Raise [`UserError`] for an option, of a dataclass as it was given, that part of us would not obey."""
     for one in dataclasses.fields(settings):
         value = getattr(settings, one.name)
         default = one.default if one.default is not dataclasses.MISSING else None
@@ -78,11 +72,8 @@ DEVICES = ("cpu", "cuda")
 
 def check_launch(device: str | None = None) -> None:
     """
-    Raise [`UserError`] for a launch that was never shown to give the figures of one process.
-
-    Args:
-        device (`str`, *optional*):
-            Type of the device that accelerate chose.
+    Raise [`UserError`] for a launch that was never shown to give the figures of one process, or for the type of device
+    that accelerate chose.
     """
     for variable, kind in LAUNCHES.items():
         if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):

@@ -24,15 +24,7 @@ def special_words(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 class PlainText:
-    """
-    Makes data harmless for one tokenizer.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's.
-        tags (`Iterable[str]`):
-            Further words that data must not hold: the marker and its closing.
-    """
+    """Makes data harmless for a tokenizer; `tags` (the marker and its closing) are further words to break up."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str] = ()):
         special = special_words(tokenizer)

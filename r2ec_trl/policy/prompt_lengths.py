@@ -24,17 +24,8 @@ def load_tokenizer(path: str) -> Any:
 
 def prompt_lengths(dataset: DatasetDict, tokenizer_path: str, category: str, rows: int = 500) -> dict[str, Any]:
     """
-    Token counts of whole prompts under a tokenizer: of `rows` evenly spaced rows of each split.
-
-    Args:
-        dataset ([`~datasets.DatasetDict`]):
-            The four splits.
-        tokenizer_path (`str`):
-            Folder or hub name of the tokenizer.
-        category (`str`):
-            The singular words of the card.
-        rows (`int`, *optional*, defaults to 500):
-            Rows of each split to count.
+    Token counts of whole prompts under a tokenizer (folder or hub name): of `rows` evenly spaced rows of each split.
+    `category` are the singular words of the card.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     limits = PromptConfig()

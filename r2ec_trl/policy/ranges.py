@@ -66,11 +66,8 @@ RANGES: dict[str, str] = {  # ( and ) leave the end out; numbers before | are al
 
 def check_ranges(settings: Any) -> None:
     """
-    Raise [`UserError`] for a number outside its range, NaN and infinity included.
-
-    Args:
-        settings (dataclass):
-            Fields that [`RANGES`] does not name, and those that are `None`, are passed over.
+    Raise [`UserError`] for a number of a dataclass outside its range, NaN and infinity included; fields not in
+    [`RANGES`], and those that are `None`, are passed over.
     """
     for one in dataclasses.fields(settings):
         if one.name not in RANGES:

@@ -20,13 +20,8 @@ def is_checkpointing(model: PreTrainedModel) -> bool:
 
 def set_checkpointing(args: Any, value: Any) -> None:
     """
-    Give `gradient_checkpointing` its value under both names: newer transformers read `activation_checkpointing`.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Settings; changed in place.
-        value (`bool` or `str`):
-            True, false, or `"auto"` until that is settled.
+    Give `gradient_checkpointing` of some [`~transformers.TrainingArguments`] its value (true, false, or `"auto"` until
+    that is settled) under both names: newer transformers read `activation_checkpointing`.
     """
     args.gradient_checkpointing = value
     if hasattr(args, "activation_checkpointing"):

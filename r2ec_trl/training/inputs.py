@@ -50,15 +50,7 @@ def check_batch(args: Any, train_dataset: Dataset) -> None:
 
 def check_settings(args: Any, kind: Any, eval_dataset: Any) -> None:
     """
-    Refuse settings that would end the run later.
-
-    Args:
-        args:
-            The trainer's settings.
-        kind (`type`):
-            What they must be.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
-            Validation users, checked already.
+    Refuse settings that would end the run later; `eval_dataset` is checked already.
 
     Raises:
         [`UserError`]: for another kind of settings, a reporter that is not installed, an evaluation without users, or

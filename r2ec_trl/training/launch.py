@@ -14,13 +14,8 @@ logger = logging.getLogger(__name__)
 
 def settle_checkpointing(args: Any, fits: bool | None = None) -> None:
     """
-    Make `gradient_checkpointing="auto"` true or false, and say so once.
-
-    Args:
-        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
-            Settings; changed in place.
-        fits (`bool`, *optional*):
-            Whether the step fits without, by the memory plan. By default, without a plan, on a CPU alone.
+    Make `gradient_checkpointing="auto"` true or false in place, and say so once: it is off where the step `fits`
+    without by the memory plan, or, without a plan, on a CPU alone.
     """
     if args.gradient_checkpointing != "auto":
         return
@@ -33,12 +28,6 @@ def settle_checkpointing(args: Any, fits: bool | None = None) -> None:
 def check_sharding(args: Any, trains_adapter: bool) -> None:
     """
     Refuse what DeepSpeed cannot do with our forwards; settles `gradient_checkpointing="auto"` first.
-
-    Args:
-        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
-            Settings.
-        trains_adapter (`bool`):
-            Whether a LoRA adapter is trained.
 
     Raises:
         [`UserError`]: under ZeRO-3, where rollouts and scores would gather weights layer by layer, or the candidates'

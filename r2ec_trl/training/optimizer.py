@@ -17,15 +17,7 @@ OPTIM_HELP = (
 
 
 def resolve_optimizer(name: str, use_cpu: bool) -> str:
-    """
-    The name transformers knows for `"auto"`; any other as it is. Plain AdamW in place of the paper's is said once.
-
-    Args:
-        name (`str`):
-            `optim` of the settings.
-        use_cpu (`bool`):
-            Whether a GPU is left alone.
-    """
+    """The name transformers knows for `"auto"`, any other as it is. Plain AdamW for the paper's is said once."""
     if name != AUTO:
         return name
     if use_cpu or not torch.cuda.is_available():
