@@ -119,16 +119,9 @@ def make_model(vocab_size: int, eos_token_id: int, pad_token_id: int) -> LlamaFo
 
 def habitual_reasoning(row: dict[str, Any], items: Dataset, habit: int) -> tuple[str, str, str]:
     """
-    Family, stage and brand that a user's reasoning names under one habit.
-
-    Args:
-        row (`dict`):
-            A user of the shop with its hidden columns.
-        items (`datasets.Dataset`):
-            The catalogue.
-        habit (`int`):
-            0: right. 1: the project's last stage once more. 2: the stage after the last stray purchase, in its family;
-            a user without stray purchases repeats the last stage.
+    Family, stage and brand that a user's reasoning names under one habit. 0: right. 1: the project's last stage once
+    more. 2: the stage after the last stray purchase, in its family; a user without stray purchases repeats the last
+    stage.
     """
     family, stage = row["true_family"], row["true_stage"]
     if habit == 2 and row["true_strays"]:

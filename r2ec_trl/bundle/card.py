@@ -19,14 +19,8 @@ _TAGS = ("recommendation", "recpo", "trl")
 
 def write_card(card: str | None, meta: BundleMeta) -> str:
     """
-    Text of a README.
-
-    Args:
-        card (`str`, *optional*):
-            TRL's model card, or one written here before. Its example of a chat gives way to ours; everything else
-            stays.
-        meta ([`~r2ec_trl.bundle.meta.BundleMeta`]):
-            `bundle.json` of the bundle.
+    Text of a README: TRL's model card, or one written here before, whose example of a chat gives way to ours;
+    everything else stays.
     """
     section = recommendation_section(meta)
     try:

@@ -12,15 +12,11 @@ import pyarrow.compute as pc
 
 def sha256_of(batches: Iterable[pa.Table]) -> str:
     """
-    SHA-256 of the rows of a split.
+    SHA-256 of the rows of a split, given as tables in row order.
 
     Each column has a digest of its own over its values in row order (lengths apart from bytes, so that
     `["a", "bc"]` and `["ab", "c"]` differ); the split's digest is over the sorted (name, type, column digest). It does
     not depend on where batches are cut or on the order of columns.
-
-    Args:
-        batches (iterable of `pyarrow.Table`):
-            The split in row order.
     """
     columns: dict[str, tuple[str, list]] = {}
     for batch in batches:

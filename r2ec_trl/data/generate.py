@@ -34,12 +34,8 @@ def generate_amazon(
     Args:
         folder (`str` or `os.PathLike`):
             Folder to fill.
-        interactions (`int`):
-            Rows of ratings; at least five times `users`.
-        users (`int`):
-            Number of users.
-        items (`int`):
-            Number of items.
+        interactions, users, items (`int`):
+            How many; the interactions at least five times the users.
         kind (`str`, *optional*, defaults to `"parquet"`):
             `"parquet"`, `"csv.gz"` (the benchmark's files) or `"jsonl.gz"` (the raw ones).
         seed (`int`, *optional*, defaults to 0):

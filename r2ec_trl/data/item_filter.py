@@ -40,19 +40,8 @@ def filter_items(
     events: Events, items: pl.DataFrame, raw: pl.DataFrame, rules: ItemFilter, dropped: Counter[str]
 ) -> tuple[Events, pl.DataFrame]:
     """
-    Drop items, and the interactions with them, cause by cause.
-
-    Args:
-        events ([`~r2ec_trl.data.events.Events`]):
-            Interactions.
-        items (`polars.DataFrame`):
-            The catalogue with cleaned text.
-        raw (`polars.DataFrame`):
-            The same rows as the source has them.
-        rules ([`ItemFilter`]):
-            What to drop.
-        dropped (`Counter`):
-            Filled with cause and number of interactions.
+    Drop items, and the interactions with them, which are counted cause by cause. `items` is the catalogue with cleaned
+    text, `raw` the same rows as the source has them.
     """
     checks = items.select(
         "item_id",

@@ -18,17 +18,7 @@ from r2ec_trl.data.splits import Targets, first_of_user
 
 
 def write_rows(targets: Targets, path: str | os.PathLike[str], max_history: int) -> Dataset:
-    """
-    Write the rows of a split to an Arrow file and open it memory-mapped.
-
-    Args:
-        targets ([`~r2ec_trl.data.splits.Targets`]):
-            Targets and the events before them.
-        path (`str` or `os.PathLike`):
-            File to write.
-        max_history (`int`):
-            Longest history: the last so many interactions before the target.
-    """
+    """Write a split's rows, histories of the last `max_history` interactions, to an Arrow file, and open it mapped."""
     events, positions = targets
     user_ids, item_ids = (ids.to_arrow().cast(pa.string()) for ids in (events.user_ids, events.item_ids))
     first = first_of_user(events.user)

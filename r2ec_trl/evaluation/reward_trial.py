@@ -50,15 +50,7 @@ def read_rollouts(file: str | os.PathLike) -> tuple[pl.DataFrame, dict[str, Any]
 
 
 def rewards_of(rollouts: pl.DataFrame, func: Reward) -> np.ndarray:
-    """
-    One reward a rollout, NaN where it does not apply; it is called as in training, all rollouts at once.
-
-    Args:
-        rollouts (`polars.DataFrame`):
-            From [`rollout_rows`].
-        func (`Callable`):
-            A TRL reward callable, sync or async.
-    """
+    """One reward a rollout of [`rollout_rows`], NaN where it does not apply; called as in training, all at once."""
     columns = {name: rollouts[name].to_list() for name in rollouts.columns if name not in _NOT_GIVEN}
     columns = {_RENAMED.get(name, name): values for name, values in columns.items()}
     texts = [[{"role": "assistant", "content": text}] for text in rollouts["completion"]]

@@ -70,15 +70,8 @@ def popularity_of(counts: Mapping[str, int]) -> dict[str, str]:
 
 def describe_rows(frame: pl.DataFrame, rows: Any, counts: Mapping[str, int]) -> pl.DataFrame:
     """
-    The frame with what its slices are made by: `history_items`, and `target_popularity` (see [`popularity_of`]).
-
-    Args:
-        frame (`polars.DataFrame`):
-            One row per example.
-        rows ([`~datasets.Dataset`]):
-            The same examples, with `history`.
-        counts (`Mapping[str, int]`):
-            See [`target_counts`].
+    The frame, one row per example, with what its slices are made by: `history_items` of the same `rows`, and
+    `target_popularity` (see [`popularity_of`]) by the [`target_counts`].
     """
     names = popularity_of(counts)
     return frame.with_columns(

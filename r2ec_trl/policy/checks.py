@@ -30,15 +30,8 @@ _BYPASSED = ("out_proj", "conv1d", "x_proj", "dt_proj")  # of Mamba: its kernels
 # ------------------------------------------------------------------------------------- code from the hub
 def check_no_hub_code(config: PreTrainedConfig | dict, asked: str | None, trust_remote_code: bool) -> None:
     """
-    Refuse kernels of the hub, which are code, where code is not trusted.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`] or `dict`):
-            The base model's, as it lies on disk.
-        asked (`str`, *optional*):
-            `attn_implementation` of the settings.
-        trust_remote_code (`bool`):
-            Whether code that comes with a model may run.
+    Refuse kernels of the hub, which are code, where code is not trusted: in the base model's config as it is on disk,
+    or asked for as `attn_implementation`.
     """
     values = config if isinstance(config, dict) else config.to_dict()
     named = [asked, *(value for key, value in _leaves(values) if "implementation" in key or "kernel" in key)]

@@ -125,15 +125,8 @@ def latest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
 
 def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | None) -> None:
     """
-    Delete the oldest checkpoints beyond `limit`, half-written ones first; never the newest whole one, never the best.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-        limit (`int`, *optional*):
-            How many may stay (`save_total_limit`); `None` keeps all.
-        best (`str`, *optional*):
-            The best checkpoint so far.
+    Delete the oldest checkpoints beyond `limit` (`save_total_limit`; `None` keeps all), half-written ones first; never
+    the newest whole one, never the best.
     """
     if limit is None or limit <= 0:
         return
@@ -281,15 +274,7 @@ class CheckpointKeeper(TrainerCallback):
     # -------------------------------------------------------------------- save
     @contextmanager
     def saving(self, folder: Path, state: Any) -> Iterator[None]:
-        """
-        Around transformers' writing of a checkpoint; a failing write leaves no half-written folder.
-
-        Args:
-            folder (`Path`):
-                Where it goes.
-            state ([`~transformers.TrainerState`]):
-                Knows the best checkpoint so far.
-        """
+        """Around transformers' writing of a checkpoint; a failing write leaves no half-written folder."""
         saves = self.args.should_save
         if saves and folder.exists():  # left half-written, or of an earlier run of the same steps
             _remove(folder)

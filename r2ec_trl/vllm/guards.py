@@ -68,13 +68,8 @@ def _release() -> Version:
 
 def check_settings(args: Any, context_length: int | None = None) -> None:
     """
-    Raise [`UserError`] for settings that no engine or server could meet.
-
-    Args:
-        args ([`~r2ec_trl.training.recpo_config.RecPOConfig`]):
-            The run's settings, with `use_vllm`.
-        context_length (`int`, *optional*):
-            Longest sequence of the model itself, where it is known.
+    Raise [`UserError`] for settings that no engine or server could meet; `context_length` is the longest sequence of
+    the model itself, where it is known.
     """
     needed = args.max_prompt_length + args.max_completion_length
     for name, length in (("`vllm_max_model_length`", args.vllm_max_model_length), ("the model", context_length)):

@@ -135,15 +135,8 @@ def check_parity(fast: Path, slow: Path) -> None:
 def twin(raw: Path, output: Path, collection: type = list) -> None:
     """
     The plain way, step for step what the reference implementation does: lines parsed one by one, frames filtered by
-    lists, records, dictionaries, and rows that carry ids, numbers and titles as Python lists.
-
-    Args:
-        raw (`Path`):
-            Folder of the raw files.
-        output (`Path`):
-            Folder to write.
-        collection (`type`, *optional*, defaults to `list`):
-            What membership is looked up in while titles are collected: the reference's list, or a set.
+    lists, records, dictionaries, and rows that carry ids, numbers and titles as Python lists. While titles are
+    collected, membership is looked up in a `collection`: the reference's list, or a set.
     """
     shutil.rmtree(output, ignore_errors=True)
     metadata = _read_items(raw / f"meta_{CATEGORY}.jsonl.gz")
