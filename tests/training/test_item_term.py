@@ -10,6 +10,7 @@ from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy.rollouts import Rollout
 from r2ec_trl.training.generation_batch import GenerationBatch
 from r2ec_trl.training.item_term import ItemTerm
+from r2ec_trl.training.objective import cispo_objective
 
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])  # of the items whose only token is 0, 1, 2
 ALL = slice(0, 4)
@@ -198,3 +199,12 @@ def test_states_are_projected_as_the_rows_are(make):
     inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
     losses = [term.loss(length * batch.states, inputs, batch, torch.tensor(10.0))[2].item() for length in (1.0, 3.0)]
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx((-math.log1p(math.exp(-1)) - math.log(2)) / 2)
+
+
+def test_cispo_caps_the_ratio_and_gives_it_no_gradient():
+    """Ratios e^2, capped at 5, and e^-1: A min(r, cap) log pi, whose slope in log pi is A min(r, cap) alone."""
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    terms = cispo_objective(logprobs, torch.tensor([-3.0, -1.0]), torch.tensor([2.0, -1.0]), 5.0)
+    assert terms.tolist() == pytest.approx([-10.0, 2 * math.exp(-1)])
+    terms.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([10.0, -math.exp(-1)])
