@@ -1,5 +1,6 @@
 """What a run will need, before anything big is loaded: parameters, memory by part, steps."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +147,7 @@ def model_shape(
 ) -> ModelShape:
     """
     Count a model's parameters from its config; nothing is allocated. Rank 0 trains all weights; `lora_modules` are
-    names of adapted modules, or `"all-linear"`.
+    names of adapted modules, whole or their ends, or PEFT's text: `"all-linear"` or a regular expression.
     """
     model = empty_model(config, attn_implementation, trust_remote_code)
     text = config.get_text_config()
@@ -156,10 +157,13 @@ def model_shape(
         for name, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
-    wanted = [lora_modules] if isinstance(lora_modules, str) else lora_modules or []
-    adapted = [
-        module for name, module in linears.items() if "all-linear" in wanted or name.rsplit(".", 1)[-1] in wanted
-    ]
+
+    def is_adapted(name: str) -> bool:
+        if isinstance(lora_modules, str):
+            return lora_modules == "all-linear" or re.fullmatch(lora_modules, name) is not None
+        return any(f".{name}".endswith(f".{one}") for one in lora_modules or ())
+
+    adapted = [module for name, module in linears.items() if is_adapted(name)]
     inputs = sum(module.weight.shape[0 if isinstance(module, Conv1D) else 1] for module in adapted)
     heads = getattr(text, "num_attention_heads", None) or 1
     norms = sum("norm" in type(module).__name__.lower() for module in model.modules()) // text.num_hidden_layers

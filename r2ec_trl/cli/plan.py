@@ -32,7 +32,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.policy.adapters import read_adapter_config
 from r2ec_trl.policy.batching import positions_of
 from r2ec_trl.policy.checks import check_no_hub_code, fit_targets
-from r2ec_trl.policy.loading import DEMO, PolicyArguments
+from r2ec_trl.policy.loading import DEMO, PolicyArguments, lora_targets
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.training.launch import check_sharding, settle_checkpointing
 from r2ec_trl.training.recpo_config import RecPOConfig
@@ -144,7 +144,7 @@ def _host_bytes() -> float:
 
 def _model_and_adapter(policy: PolicyArguments) -> tuple[str, int, str | list[str] | None]:
     name, rank = policy.model_name_or_path, policy.lora_r if policy.use_peft else 0
-    modules: Any = policy.lora_target_modules
+    modules: Any = lora_targets(policy)
     if policy.adapter is not None:
         saved: Any = read_adapter_config(policy.adapter)
         name = name or saved.base_model_name_or_path

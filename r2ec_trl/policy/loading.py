@@ -57,19 +57,24 @@ def peft_config(args: PolicyArguments) -> LoraConfig | None:
         return None
     parameters = [args.lora_target_parameters] * isinstance(args.lora_target_parameters, str)
     parameters = parameters or args.lora_target_parameters
-    targets = args.lora_target_modules  # of which TRL makes a text, a regular expression to PEFT, where there is one
-    targets = [targets] if isinstance(targets, str) and targets.isidentifier() else targets
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=0.0 if parameters else args.lora_dropout,  # PEFT has none for parameters
-        target_modules=targets,
+        target_modules=lora_targets(args),
         target_parameters=parameters,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )
+
+
+def lora_targets(args: PolicyArguments) -> list[str] | str | None:
+    """`lora_target_modules`, of which TRL makes a text, a regular expression to PEFT, where it names one module."""
+    targets: Any = args.lora_target_modules
+    is_name = isinstance(targets, str) and targets.isidentifier()
+    return [targets] if is_name else targets
 
 
 def load_policy(

@@ -275,3 +275,13 @@ def test_the_plan_says_where_lora_goes(config, words, tmp_path, shop, chat_token
     args = RecPOConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=8)
     plan = make_plan(args, PolicyArguments(str(tmp_path)), shop)
     assert plan.shape.adapter > 0 and [one for one in plan.problems if re.search(words, one)]
+
+
+@pytest.mark.parametrize(
+    "targets, layers",
+    [(["q_proj"], 1), (["q_proj", "layers.0.self_attn.v_proj"], 1.5), ([r".*\.(q|v)_proj"], 2)],
+)
+def test_the_plan_counts_the_adapter_that_is_trained(plan_of, targets, layers):
+    """Of two layers: r 4 times the 64 + 64 sides of q_proj, or the 64 + 32 of v_proj. One name is no expression."""
+    sides = {1: 128, 1.5: 128 + 96 / 2, 2: 128 + 96}
+    assert plan_of(policy={"lora_target_modules": targets}).shape.adapter == 2 * 4 * sides[layers]
