@@ -97,7 +97,8 @@ def add_answer_state(model: PreTrainedModel, shared_prompt: bool = True) -> None
         labels = kwargs.pop("labels", None)
         rows = PaddedRows(kwargs.pop("input_ids"), kwargs.pop("attention_mask"), labels, prompt_lengths)
         # without either nothing says what is prompt; the balance of experts is counted over a two-dimensional mask
-        share = (labels is not None or prompt_lengths is not None) and not kwargs.get("output_router_logits", False)
+        balances = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        share = (labels is not None or prompt_lengths is not None) and not balances
         packed = rows.pack(self.config.get_text_config().hidden_size if share and shares_prompts(self) else None)
         kwargs.update(packed.model_inputs(self))
         if answer_state_only:

@@ -116,7 +116,7 @@ def decode(
             history[row, : width - len(prompt)] = prompt[0]  # not the pad token, which nobody wrote
         positions = mask.sum(dim=1)  # of the next token
         alive = [True] * len(rows)
-        held: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
+        held = _held(model, cache)
         for step in range(config.max_new_tokens):
             tokens = next_tokens(logits, history[:, : width + step], config, step, stop_ids)
             for place, token in enumerate(tokens.tolist()):
@@ -188,6 +188,12 @@ def next_tokens(
     return (drawn if index is None else index.gather(1, drawn))[:, 0]
 
 
+def _held(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """What every forward gets besides its tokens; experts are not balanced here, over masks that hold the prompt."""
+    balanced = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
+    return {cache_name(model): cache, "use_cache": True, **balanced}
+
+
 class _Room(DynamicLayer):
     """Keys and values of a layer, `(rows, heads, length, d)`, in memory for all the tokens to come."""
 
@@ -236,7 +242,7 @@ def _prefill(
         longest = len(distinct[batch[0]])
         ids, seen = pad_left([distinct[which] for which in batch], 0, device)
         cache: Any = Cache(layers=[DynamicLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
-        held: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
+        held = _held(model, cache)
         output = model(
             input_ids=ids,
             attention_mask=seen,

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, MixtralConfig
 from transformers.generation import logits_process as theirs
 
 from r2ec_trl.policy import decoding
@@ -203,3 +203,12 @@ def test_attention_of_one_query_by_hand(softcap):
     scores = [softcap * torch.tanh(one / softcap) if softcap else one for one in scores]
     expected = [(one.softmax(0) @ torch.tensor([10.0, 20.0])).item() for one in scores]
     assert output.shape == (1, 1, 2, 1) and output.flatten().tolist() == pytest.approx(expected)
+
+
+def test_experts_that_are_balanced_in_training_are_not_while_decoding(reader, chat_tokenizer):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=len(chat_tokenizer), **sizes, num_key_value_heads=1, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = decode(model, reader, ragged(), settings(model, config_of()))
+    model.config.output_router_logits = True
+    assert decode(model, reader, ragged(), settings(model, config_of())) == expected
