@@ -24,6 +24,7 @@ from r2ec_trl.metrics import hit_at_k, ndcg_at_k, reciprocal_rank
 
 Reward = Callable[..., Any]
 _IMPORT_ERRORS = (ImportError, NameError, SyntaxError)  # what else goes wrong in a user's file keeps its traceback
+LARGEST = 3.4e38  # TRL keeps rewards in float32, and an advantage that is no number counts as 0 there
 OF_REWARDS = (  # what TRL and we hand to rewards ourselves: a column of such a name would never reach one
     "prompts completion completions completion_ids trainer_state log_extra log_metric environments num_items "
     "target_rank target_prob target_score top_item_ids"
@@ -343,11 +344,11 @@ def _check_reward(reward: Any, row: int, name: str) -> float | None:
         return None
     try:
         number = math.nan if isinstance(reward, str) else float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:  # NaN is not
         raise UserError(
-            f"Reward {name!r} returned {reward!r} for rollout {row}; return a finite number, or None where the reward "
-            "does not apply."
+            f"Reward {name!r} returned {reward!r:.80} for rollout {row}; return a finite number (TRL takes it as "
+            "float32), or None where the reward does not apply."
         )
     return number
