@@ -16,15 +16,15 @@ from r2ec_trl.evaluation.users import first_rows, summarise_users
 from r2ec_trl.items.encoding import make_encoder, make_table
 from r2ec_trl.policy.adapters import base_of
 from r2ec_trl.policy.answer_state import add_answer_state, pad_right
-from r2ec_trl.policy.checks import check_start, fit_adapter, switch_dropout_off
+from r2ec_trl.policy.checks import check_start, switch_dropout_off
 from r2ec_trl.policy.options import check_launch
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.greedy_evaluation import GreedyEvaluation
 from r2ec_trl.training.guarded import GuardedTraining
-from r2ec_trl.training.inputs import check_inputs
+from r2ec_trl.training.inputs import check_inputs, resolve_policy
 from r2ec_trl.training.objective import contrastive_loss, mean_pairwise_cosine
-from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
+from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer, settle_scheduler
 from r2ec_trl.training.sampled_reasoning import SampledReasoning
 from r2ec_trl.training.telemetry import Telemetry
 
@@ -81,6 +81,7 @@ class ContrastiveConfig(RecommendationArguments, TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = self.selection_metric, True
         super().__post_init__()
+        settle_scheduler(self)
         check_launch(self.device.type)
         if self.reasoning not in ("none", "sampled"):
             raise UserError(f"`reasoning` is {self.reasoning!r}; give none or sampled.")
@@ -108,7 +109,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
     validation after full reasoning and after none.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]), item_dataset, args, train_dataset, eval_dataset, processing_class:
+        model, item_dataset, args, train_dataset, eval_dataset, processing_class:
             As in [`~r2ec_trl.training.recpo_trainer.RecPOTrainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains an adapter instead of all weights.
@@ -121,7 +122,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: str | PreTrainedModel,
         item_dataset: Dataset,
         args: ContrastiveConfig,
         train_dataset: Dataset,
@@ -141,6 +142,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
             )
         if args.per_device_train_batch_size * args.world_size < 2:
             raise UserError("A batch of one user has no negatives; raise `per_device_train_batch_size`.")
+        model, processing_class, peft_config = resolve_policy(model, processing_class, peft_config, args, kwargs)
         self.prompts = Prompts(processing_class, args.prompt_config(), items)
         base = base_of(model)
         if args.reasoning == "sampled":
@@ -148,7 +150,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
             add_fused_lm_head(base)
         add_answer_state(base)
         if peft_config is not None:
-            model = get_peft_model(model, fit_adapter(peft_config, model))
+            model = get_peft_model(model, peft_config)
         switch_dropout_off(model)  # the adapter's as well, as RecPO does
         if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
@@ -171,6 +173,8 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
         self.guard_training(Telemetry(self.accelerator, self.steps_taken))
         length = None if args.reasoning == "none" else args.max_completion_length
         check_start(self.model, self.prompts, self.table.token_ids, length, trains=True)
+        if args.eval_strategy != "no" or length is not None:
+            self.check_prompts(self.eval_dataset, args.max_eval_users)
         self.sampled = SampledReasoning(self.prompts, args, self.telemetry)
         self.model_accepts_loss_kwargs = False  # the mean over users: let Trainer divide by the accumulation steps
 

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 
@@ -27,6 +28,20 @@ def resolve_optimizer(name: str, use_cpu: bool) -> str:
         _say("bitsandbytes is not installed: plain AdamW instead of the paper's paged 8-bit one.")
         return PLAIN
     return QUANTISED
+
+
+def settle_scheduler(args: Any) -> None:
+    """
+    A scheduler that watches validation takes for better what the choice of the best checkpoint does: by default
+    transformers' would lower the learning rate for as long as NDCG rises.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Settings; `mode` is added to `lr_scheduler_kwargs` where it is not given.
+    """
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        mode = {"mode": "max" if args.greater_is_better else "min"}
+        args.lr_scheduler_kwargs = mode | (args.lr_scheduler_kwargs or {})
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from r2ec_trl.policy.options import check_launch
 from r2ec_trl.policy.ranges import check_ranges
 from r2ec_trl.policy.releases import set_checkpointing
 from r2ec_trl.policy.settings import RecommendationArguments
-from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer
+from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer, settle_scheduler
 
 
 @dataclass
@@ -169,6 +169,7 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
         if self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = self.selection_metric, True
         super().__post_init__()
+        settle_scheduler(self)
         check_launch(self.device.type)
         self._check_recpo()
 
@@ -199,10 +200,16 @@ class RecPOConfig(RecommendationArguments, GRPOConfig):
                 "divide each reward by its standard deviation; leave that flag out."
             )
         plain = self.loss_type in ("dapo", "cispo", "vespo") and not self.beta and not self.entropy_coef
-        if self.min_reward_spread and not (plain and not self.use_adaptive_entropy):
+        plain = plain and not self.use_adaptive_entropy and self.top_entropy_quantile == 1
+        if self.min_reward_spread and not plain:
             raise UserError(
                 "`min_reward_spread` leaves rows out, which only `--loss_type dapo`, cispo or vespo without KL and "
                 "entropy terms weigh as before; take those, or leave it at 0."
+            )
+        if self.off_policy_mask_threshold is not None and self.item_coef and self.item_credit != "best":
+            raise UserError(
+                "`off_policy_mask_threshold` drops rollouts of negative advantage, but not their item terms; leave "
+                "`item_credit` at 'best', whose rollouts it keeps."
             )
         if self.slice_table and self.item_negatives == "catalogue":
             raise UserError("`slice_table` leaves no process with the whole catalogue; add `--item_negatives batch`.")

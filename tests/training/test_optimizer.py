@@ -101,3 +101,15 @@ def test_qlora_on_smollm2(shop, tmp_path):
     assert_only_the_adapter_moved(*result, steps=3)
     states = result[0].optimizer.optimizer.state.values()
     assert any(value.dtype == torch.uint8 for state in states for value in state.values() if torch.is_tensor(value))
+
+
+@pytest.mark.parametrize("kind", [RecPOConfig, ContrastiveConfig])
+def test_a_scheduler_that_watches_validation_knows_that_ndcg_rises(kind, tmp_path):
+    quick = {"use_cpu": True, "report_to": "none", "lr_scheduler_type": "reduce_lr_on_plateau"}
+    quick |= {"eval_strategy": "steps", "eval_steps": 1}
+    given = {"patience": 2}
+    assert kind(str(tmp_path), lr_scheduler_kwargs=given, **quick).lr_scheduler_kwargs == {"mode": "max", **given}
+    shortest = {"metric_for_best_model": "recommendation/reasoning_tokens", "greater_is_better": False}
+    assert kind(str(tmp_path), **shortest, **quick).lr_scheduler_kwargs == {"mode": "min"}
+    assert kind(str(tmp_path), lr_scheduler_kwargs={"mode": "min"}, **quick).lr_scheduler_kwargs == {"mode": "min"}
+    assert kind(str(tmp_path), **{**quick, "lr_scheduler_type": "linear"}).lr_scheduler_kwargs in (None, {})

@@ -163,3 +163,13 @@ def test_checkpointing_takes_auto_and_both_truths(config):
         assert args.gradient_checkpointing is not fits
     with pytest.raises(UserError, match="'perhaps'.*auto, true or false"):
         config(gradient_checkpointing="perhaps")
+
+
+def test_options_that_reach_half_of_the_loss_are_refused(config):
+    """Quiet rows set the quantile of entropies; dropped rollouts would keep their items."""
+    with pytest.raises(UserError, match="`min_reward_spread` leaves rows out"):
+        config(min_reward_spread=0.1, top_entropy_quantile=0.5)
+    with pytest.raises(UserError, match="`off_policy_mask_threshold` drops rollouts"):
+        config(off_policy_mask_threshold=0.5, item_credit="all")
+    config(off_policy_mask_threshold=0.5, item_credit="all", item_coef=0.0)
+    config(off_policy_mask_threshold=0.5)
