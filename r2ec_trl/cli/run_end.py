@@ -109,6 +109,8 @@ def train_and_finish(
         before = trainer.evaluate_frame(test)
         if trainer.accelerator.is_main_process:
             _write_before(trainer, dataset, card, test, before)
+    else:
+        trainer.check_prompts(test)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     finish_run(trainer, dataset, card, test, before, run_args.shown_rollouts)
 

@@ -167,7 +167,6 @@ class CheckpointKeeper(TrainerCallback):
     def __init__(self, table: ItemTable, accelerator: Any, args: Any, handler: CallbackHandler):
         self.table, self.accelerator, self.args, self.handler = table, accelerator, args, handler
         self.resumed: TrainerState | None = None
-        self._epochs_done = 0
 
     # ------------------------------------------------------------------ resume
     def resume_from(self, wanted: str | bool | None) -> Path | None:
@@ -191,7 +190,6 @@ class CheckpointKeeper(TrainerCallback):
             if best not in checkpoints(folder.parent):
                 logger.warning("The best checkpoint so far, %s, is not there: the best is looked for anew.", best)
                 state.best_model_checkpoint = state.best_metric = state.best_global_step = None
-        self._epochs_done = int(state.epoch + 1e-9)
         try:
             self.table.load(folder)
         except UserError as error:
@@ -204,6 +202,18 @@ class CheckpointKeeper(TrainerCallback):
             logger.warning("%s holds no optimizer (`save_only_model`): it starts anew.", folder)
         self.resumed = state
         return folder
+
+    def position(self, batches: int) -> tuple[int, int]:
+        """
+        Epochs, and micro-batches of the next one, that a resumed run has behind it, as transformers counts them.
+
+        Args:
+            batches (`int`):
+                Micro-batches an epoch.
+        """
+        step = 0 if self.resumed is None else self.resumed.global_step
+        epochs, steps = divmod(step, max(1, -(-batches // self.args.gradient_accumulation_steps)))
+        return epochs, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def is_finished(self, max_steps: int) -> bool:
         """
@@ -254,15 +264,28 @@ class CheckpointKeeper(TrainerCallback):
             state.stateful_callbacks[name] = callback.state()  # transformers saves only what is named here
         for name in BEST if self.resumed is not None else ():
             setattr(state, name, getattr(self.resumed, name))
+        if self.resumed is not None and train_dataloader is not None:
+            self._compare_epochs(self.resumed, len(train_dataloader))
         batches: Any = getattr(train_dataloader, "batch_sampler", None)
         while hasattr(batches, "batch_sampler"):  # accelerate's shard of it
             batches = batches.batch_sampler
         sampler: Any = getattr(batches, "sampler", None)
         generator = getattr(sampler, "generator", None)
         if type(sampler).__name__ == "RepeatSampler" and generator is not None:
-            for _ in range(self._epochs_done):
+            for _ in range(self.position(len(train_dataloader))[0]):
                 torch.randperm(sampler.num_samples, generator=generator)
-        self._epochs_done = 0
+
+    def _compare_epochs(self, resumed: TrainerState, batches: int) -> None:
+        """Say it where the steps taken are another part of the data now: transformers goes by steps alone."""
+        steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
+        if abs((resumed.epoch or 0) * steps - resumed.global_step) > 1:
+            logger.warning(
+                "Step %d was epoch %.2f of the run and counts as epoch %.2f now: the batch, the number of processes "
+                "or the data are others, so it does not go on with the users that come next.",
+                resumed.global_step,
+                resumed.epoch or 0,
+                resumed.global_step / steps,
+            )
 
     def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
         """A new best is saved at once: `save_steps` may be a multiple of `eval_steps`, and then it would be gone."""

@@ -13,6 +13,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import evaluate_users, first_rows, gather_rows, own_rows, summarise_users
 from r2ec_trl.items.encoding import make_encoder, share_encoding
 from r2ec_trl.items.table import ItemTable
+from r2ec_trl.policy.batching import check_length
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import Rollout
 from r2ec_trl.training.inputs import check_eval_users
@@ -77,6 +78,19 @@ class GreedyEvaluation(_Base):
         self.model.train(was_training)
         return gather_rows(frame, len(dataset))
 
+    def check_prompts(self, users: Dataset | dict[str, Dataset] | None, most: int | None = None) -> None:
+        """
+        Make the user prompts of a later evaluation once, the first `most` of each set: one that is too long, for
+        `max_prompt_length` or the model, is refused before anything is trained.
+        """
+        for part in users.values() if isinstance(users, dict) else [users] if users is not None else []:
+            for user in part.select(range(min(len(part), most or len(part)))):
+                self.prompts.user_ids(user)
+        completion = 0 if self.reasoning == "none" else self.args.max_completion_length
+        longest = self.prompts.longest_user + len(self.prompts.marker_ids) + completion
+        cures = "`max_prompt_length` or `max_completion_length`"
+        check_length(self.model.config, longest, "A user prompt of an evaluation and its reasoning", cures)
+
     def own_users(self, dataset: Dataset, reasoning: str) -> tuple[Dataset, list[Rollout] | None]:
         """This process's share of the users, never empty, and their greedy rollouts where vLLM makes them."""
         users = own_rows(dataset, self.accelerator)
@@ -112,7 +126,8 @@ class GreedyEvaluation(_Base):
         figures = summarise_users(self.evaluate_frame(first_rows(dataset, self.args.max_eval_users)))
         metrics = {f"{metric_key_prefix}_recommendation/{name}": value for name, value in figures.items()}
         if gains := self.telemetry.train_ndcg:  # of sampled rollouts: what it has over validation is memory, mostly
-            gap = sum(gains) / len(gains) - figures["ndcg@10"]
+            same = "masked_ndcg@10" if getattr(self.args, "mask_history", False) else "ndcg@10"  # mask as in training
+            gap = sum(gains) / len(gains) - figures[same]
             metrics[f"{metric_key_prefix}_recommendation/train_gap"] = gap
             gains.clear()
         was_training = self.model.training

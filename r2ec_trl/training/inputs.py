@@ -119,8 +119,8 @@ def check_users(users: Any, name: str, item_ids: Iterable[str], own_names: tuple
             Columns that the trainer writes itself.
 
     Raises:
-        [`UserError`]: for what is no map-style dataset, a missing column, a target outside the catalogue, or a
-        history that is no list.
+        [`UserError`]: for what is no map-style dataset, a missing column, a target or purchase outside the catalogue,
+        or a history that is no list.
     """
     users = _plain(users, name, ("user_id", "history", "target"))
     known = set(item_ids)
@@ -132,6 +132,9 @@ def check_users(users: Any, name: str, item_ids: Iterable[str], own_names: tuple
         for row, history in enumerate(users["history"][:]):
             if not isinstance(history, list):
                 raise UserError(f"`{name}`, row {row}: history {history!r:.80} is no list of item ids; give one.")
+    for row, history in enumerate(users["history"][:]):
+        if absent := [item for item in history if item not in known]:
+            raise UserError(f"`{name}`, row {row}: item {absent[0]!r} of the history is not in the catalogue.")
     for column in own_names:
         if column in users.column_names:
             logger.warning("The column `%s` of `%s` is replaced: prompts are made from `history`.", column, name)
@@ -190,6 +193,8 @@ def resolve_policy(model: Any, tokenizer: Any, peft_config: Any, args: Any, more
 def resolve_rewards(reward_funcs: Any, args: Any) -> list[Callable]:
     """Reward functions by name or as they are, each checking its answers; the fused reward where none is given."""
     specs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs or "fused"]
+    if not specs:
+        raise UserError("`reward_funcs` is an empty list; name at least one reward, or leave it out.")
     names = ("reward_mix", "reward_cutoff", "max_completion_length", "soft_punish_cache")
     settings = {name: getattr(args, name) for name in names}
     loaded = [load_reward(s, **settings) if isinstance(s, str) else s for s in specs]
@@ -210,6 +215,9 @@ def numbered(names: list[str]) -> list[str]:
     counts, seen = Counter(names), Counter[str]()
     result = []
     for name in names:
-        seen[name] += 1
-        result.append(f"{name}_{seen[name]}" if counts[name] > 1 else name)
+        new = name
+        while counts[name] > 1 and (new == name or new in counts):  # another may have such a name of its own
+            seen[name] += 1
+            new = f"{name}_{seen[name]}"
+        result.append(new)
     return result

@@ -4,10 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from trl import GRPOTrainer
 
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.training.generation_batch import GenerationBatch
-from r2ec_trl.training.objective import candidate_logprobs, cispo_objective, clipped_objective, item_credit_weights
+from r2ec_trl.training.objective import (
+    candidate_logprobs,
+    cispo_objective,
+    clipped_objective,
+    item_credit_weights,
+    sapo_objective,
+)
 
 Encode = Callable[[Sequence[Sequence[int]]], torch.Tensor]
 
@@ -104,10 +111,7 @@ class ItemTerm:
         logprobs = self.logprobs(projected, candidates, inputs["item_positions"][carried], batch)
         old = inputs["old_item_logprobs"][carried] if "old_item_logprobs" in inputs else logprobs.detach()
         advantages = inputs["advantages"][carried]
-        if self.settings.loss_type == "cispo":
-            terms = cispo_objective(logprobs, old, advantages, self.epsilon_high)  # (carried rows,)
-        else:
-            terms = clipped_objective(logprobs, old, advantages, self.epsilon_low, self.epsilon_high)
+        terms, clipped = self._terms(logprobs, old, advantages)  # (carried rows,)
         summed = (terms / normalizer[carried]).sum() if normalizer.ndim else terms.sum() / normalizer
         loss = -summed + candidates.sum() * 0.0
         earlier = nothing
@@ -121,9 +125,29 @@ class ItemTerm:
             self._gradient = gradient if self._gradient is None else self._gradient + gradient
         if len(carried) == 0:
             return loss, earlier, None, None
-        ratio = (logprobs.detach() - old).exp()
-        clipped = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
         return loss, earlier, logprobs.detach().mean(), clipped.float().mean()
+
+    def _terms(
+        self, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's term under TRL's `loss_type`, and whether its ratio is clipped: it then has no more say."""
+        settings, low, high = self.settings, self.epsilon_low, self.epsilon_high
+        ratio = (logprobs.detach() - old).exp()
+        if settings.loss_type == "cispo":
+            return cispo_objective(logprobs, old, advantages, high), (ratio > high) & (advantages > 0)
+        if settings.loss_type == "sapo":
+            gates = settings.sapo_temperature_pos, settings.sapo_temperature_neg
+            return sapo_objective(logprobs, old, advantages, *gates), torch.zeros_like(ratio)
+        if settings.loss_type == "vespo":  # the item as a sequence of one action
+            shape = (settings.vespo_k_pos, settings.vespo_lambda_pos, settings.vespo_k_neg, settings.vespo_lambda_neg)
+            log_ratio = (logprobs.detach() - old)[:, None]
+            gamma = GRPOTrainer.get_gamma_weights(
+                advantages[:, None], log_ratio, torch.ones_like(log_ratio), None, *shape
+            )
+            return gamma[:, 0] * advantages * logprobs, torch.zeros_like(ratio)
+        clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
+        delta = getattr(settings, "delta", None)
+        return clipped_objective(logprobs, old, advantages, low, high, delta), clipped
 
     def candidate_rows(self, batch: GenerationBatch, last: bool = True) -> torch.Tensor:
         """

@@ -19,6 +19,29 @@ def rloo_factor(group_sizes: torch.Tensor) -> torch.Tensor:
     return torch.where(sizes > 1, sizes / (sizes - 1).clamp(min=1), torch.ones_like(sizes))
 
 
+def reward_spread(rewards: torch.Tensor, num_generations: int, summed: bool) -> torch.Tensor:
+    """
+    How far the rewards of each group deviate: the standard deviation of its scored rollouts, 0 where none is.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B*G, reward functions)`):
+            Weighted, NaN where a function had nothing to say.
+        num_generations (`int`):
+            G.
+        summed (`bool`):
+            Of the sum of a rollout's rewards; else the largest of any function's.
+
+    >>> reward_spread(torch.tensor([[0.0], [1.0], [0.5], [torch.nan]]), 2, summed=True)
+    tensor([0.5000, 0.0000], dtype=torch.float64)
+    """
+    rewards = rewards.double()  # in which equal float32 numbers have exactly their mean
+    if summed:
+        rewards = rewards.nansum(dim=1, keepdim=True).masked_fill(rewards.isnan().all(dim=1, keepdim=True), torch.nan)
+    grouped = rewards.view(-1, num_generations, rewards.shape[1])
+    variance = (grouped - grouped.nanmean(dim=1, keepdim=True)).square().nanmean(dim=1)  # (groups, functions)
+    return variance.nan_to_num(nan=0.0).amax(dim=1).sqrt()
+
+
 def item_credit_weights(
     advantages: torch.Tensor, num_generations: int, credit: int | None, eligible: torch.Tensor
 ) -> torch.Tensor:
@@ -76,16 +99,31 @@ def clipped_objective(
     advantages: torch.Tensor,
     epsilon_low: float,
     epsilon_high: float,
+    delta: float | None = None,
 ) -> torch.Tensor:
     """
-    ℓ(r, A) = min(rA, clip(r, 1-ε_low, 1+ε_high) A) of M7, elementwise, with r = exp(logprobs - old_logprobs).
+    ℓ(r, A) = min(rA, clip(r, 1-ε_low, 1+ε_high) A) of M7, elementwise, with r = exp(logprobs - old_logprobs); the
+    first r is at most TRL's `delta`, where there is one.
 
     >>> clipped_objective(torch.tensor([.5, -.5]).exp().log(), torch.zeros(2), torch.tensor([1., -1.]), .2, .28)
     tensor([ 1.2800, -0.8000])
     """
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return torch.min(ratio * advantages, clipped * advantages)
+    return torch.min(ratio.clamp(max=delta) * advantages if delta else ratio * advantages, clipped * advantages)
+
+
+def sapo_objective(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, positive: float, negative: float
+) -> torch.Tensor:
+    """
+    TRL's SAPO for one action: a soft gate of the ratio, of one temperature for A > 0 and another for the rest.
+
+    >>> sapo_objective(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, -1.0]), 1.0, 2.0)
+    tensor([ 2., -1.])
+    """
+    temperatures = torch.where(advantages > 0, positive, negative)
+    return torch.sigmoid(temperatures * (torch.exp(logprobs - old_logprobs) - 1)) * 4 / temperatures * advantages
 
 
 def cispo_objective(

@@ -25,7 +25,7 @@ from r2ec_trl.training.guarded import GuardedTraining, stable_rollout_func
 from r2ec_trl.training.inputs import as_given, check_batch, check_inputs, numbered, resolve_policy, resolve_rewards
 from r2ec_trl.training.item_term import ItemTerm
 from r2ec_trl.training.launch import check_sharding
-from r2ec_trl.training.objective import rloo_factor, token_normalizer
+from r2ec_trl.training.objective import reward_spread, rloo_factor, token_normalizer
 from r2ec_trl.training.recpo_config import RecPOConfig
 from r2ec_trl.training.reward_pass import RewardPass, as_sampled
 from r2ec_trl.training.telemetry import Telemetry
@@ -147,6 +147,8 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             switch_dropout_off(self.model)
         texts, length = self.table.token_ids, args.max_completion_length
         check_start(self.model, self.prompts, texts, length, trains=args.disable_dropout)
+        if args.eval_strategy != "no":
+            self.check_prompts(self.eval_dataset, args.max_eval_users)
         shown = args.num_completions_to_print or 1
         series = self._metrics["train"]
         self.guard_training(Telemetry(self.accelerator, self.steps_taken, series, args.watch_steps, shown))
@@ -245,8 +247,9 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             scored = (~self.batch.rewards.isnan().all(dim=1)).view(-1, self.num_generations).sum(dim=1)
             factor = rloo_factor(scored).repeat_interleave(self.num_generations)
             output["advantages"] = output["advantages"] * factor[own].to(output["advantages"])
-        quiet = self.quiet_groups().repeat_interleave(self.num_generations)[own]
-        self.telemetry.add(**{"rollout/no_signal": quiet.float().mean().item()})
+        groups = self.quiet_groups()
+        self.telemetry.add(**{"rollout/no_signal": groups.float().mean().item()})
+        quiet = groups.repeat_interleave(self.num_generations)[own]
         output["quiet"] = quiet
         output["advantages"] = output["advantages"].masked_fill(quiet.to(output["advantages"].device), 0.0)
         advantages = self.accelerator.gather(output["advantages"])  # a group can straddle processes
@@ -255,10 +258,13 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         return output | self.item_term.prepare(self.batch, advantages, self.accelerator.gather(eligible), own)
 
     def quiet_groups(self) -> torch.Tensor:
-        """Whether the rewards of each group deviate by no more than `min_reward_spread`, `(users of the batch,)`."""
-        weights = self.reward_weights.to(self.batch.rewards.device)
-        rewards = (self.batch.rewards * weights).nansum(dim=1).view(-1, self.num_generations)
-        return rewards.std(dim=1, unbiased=False) <= self.args.min_reward_spread
+        """
+        Whether the rewards of each group deviate by no more than `min_reward_spread`, `(users of the batch,)`: their
+        sum, or each of them where TRL normalises them apart.
+        """
+        rewards = self.batch.rewards * self.reward_weights.to(self.batch.rewards.device)
+        summed = self.multi_objective_aggregation == "sum_then_normalize"
+        return reward_spread(rewards, self.num_generations, summed) <= self.args.min_reward_spread
 
     def _prepare_inputs(self, inputs):
         buffered = self._buffered_inputs
@@ -273,7 +279,9 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
 
     def _count_on(self) -> None:
         """TRL counts micro-batches from 0 in a resumed run too, and would then keep rollouts into the next batch."""
-        self._step = round(self.state.epoch * len(self.callback_handler.train_dataloader))
+        batches = len(self.callback_handler.train_dataloader)
+        epochs, rest = self.keeper.position(batches)
+        self._step = epochs * batches + rest
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             step = self.state.global_step
             logger.warning("Step %d lies within a generation batch: rollouts of its users are drawn anew.", step)
@@ -302,7 +310,8 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             item_loss, earlier, *figures = self.item_term.loss(
                 torch.cat(states), inputs, self.batch, normalizer, self._is_last_micro_step
             )
-            self.telemetry.item(item_loss, *figures)
+            # the mean over micro-steps, which is logged, is then the step's
+            self.telemetry.item(item_loss * self.current_gradient_accumulation_steps, *figures)
             item_loss = self.args.item_coef * item_loss
             watched = self.telemetry.is_watched_step and self._is_last_micro_step and self._allows_two_backwards
             if watched and inputs["item_weights"].any():

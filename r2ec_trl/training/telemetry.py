@@ -173,9 +173,9 @@ class Telemetry(TrainerCallback):
         ]
 
     def item(self, loss: torch.Tensor, logprob: torch.Tensor | None, clip_ratio: torch.Tensor | None) -> None:
-        """The item term of a micro-batch."""
-        if logprob is not None and clip_ratio is not None:
-            for name, value in (("loss", loss), ("clip_ratio", clip_ratio), ("logprob", logprob)):
+        """The item term of a micro-batch: a loss of 0 and no other figure where it has no row."""
+        for name, value in (("loss", loss), ("clip_ratio", clip_ratio), ("logprob", logprob)):
+            if value is not None:
                 self.series[f"item/{name}"].append(value.item())
 
     def gradient_norms(self, parameters: Iterator[torch.nn.Parameter], **losses: torch.Tensor) -> None:

@@ -101,6 +101,19 @@ def test_a_run_that_goes_on_within_a_generation_batch_sees_the_same_users(make_t
     assert "Step 3 lies within a generation batch" in caplog.text
 
 
+def test_a_run_that_goes_on_with_other_batches_is_in_step_with_transformers(make_trainer, shop, tmp_path, caplog):
+    """
+    Saved after three steps of two users, an epoch. Three users a batch, each used three times, make six steps of it:
+    transformers passes over three micro-batches, and the run goes on with the second batch, from its start.
+    """
+    train(make_trainer, shop, tmp_path, max_steps=3, save_steps=3)
+    other = {"per_device_train_batch_size": 12, "num_iterations": 3, "max_steps": 5, "save_steps": 9}
+    with caplog.at_level(logging.WARNING):
+        resumed, after = train(make_trainer, shop, tmp_path, resume="latest", **other)
+    assert "Step 3 was epoch 1.00 of the run and counts as epoch 0.50 now" in caplog.text
+    assert list(after) == [4, 5] and after[4] == after[5] and resumed._step == 5
+
+
 def test_latest_skips_a_half_written_checkpoint_with_a_warning(fake_run, caplog):
     run = fake_run({5: True, 10: True, 15: False, 100: False})
     with caplog.at_level(logging.WARNING):

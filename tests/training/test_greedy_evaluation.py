@@ -22,11 +22,15 @@ def test_nobody_to_evaluate_is_one_sentence(make_trainer, shop):
         make_trainer().evaluate(shop["validation"].select([]))
 
 
-def test_the_gap_between_training_and_validation_is_logged_once_a_while(make_trainer):
-    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1, max_eval_users=4)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gap_between_training_and_validation_is_logged_once_a_while(make_trainer, masked):
+    """Validation has its histories masked where training has."""
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1, max_eval_users=4, mask_history=masked)
+    name = "eval_recommendation/masked_ndcg@10" if masked else "eval_recommendation/ndcg@10"
     trainer.train()
     logs = trainer.state.log_history
     gains = [log["recommendation/ndcg@10"] for log in logs if "recommendation/ndcg@10" in log]
-    for gain, log in zip(gains, [log for log in logs if "eval_recommendation/ndcg@10" in log], strict=True):
-        assert log["eval_recommendation/train_gap"] == pytest.approx(gain - log["eval_recommendation/ndcg@10"])
+    for gain, log in zip(gains, [log for log in logs if name in log], strict=True):
+        assert log["eval_recommendation/train_gap"] == pytest.approx(gain - log[name])
+    assert not masked or logs[1]["eval_recommendation/ndcg@10"] != logs[1][name]
     assert "eval_recommendation/train_gap" not in trainer.evaluate()

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import trl
+from datasets import Dataset
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.training.contrastive_trainer import ContrastiveConfig, ContrastiveTrainer
@@ -57,6 +58,22 @@ def test_a_target_outside_the_catalogue_is_named_before_anything_is_trained(make
     train = column(shop["train"], "target", ["i99", *shop["train"]["target"][1:]])
     with pytest.raises(UserError, match="`train_dataset`, row 0: target 'i99' is not in the catalogue"):
         make_trainer(train=train)
+
+
+def test_what_would_only_fail_in_an_evaluation_is_refused_at_the_start(make_trainer, tiny_model, shop):
+    """A purchase outside the catalogue; a history of validation that is longer than any of training."""
+    rows = shop["validation"].to_list()
+    rows[1]["history"] = [*rows[1]["history"][1:], "i99"]
+    with pytest.raises(UserError, match="`eval_dataset`, row 1: item 'i99' of the history is not in the catalogue"):
+        make_trainer(validation=Dataset.from_list(rows))
+    rows = [{name: row[name] for name in ("user_id", "history", "target")} for row in shop["validation"].to_list()]
+    rows[3]["history"] = rows[3]["history"] * 12
+    options = {"validation": Dataset.from_list(rows), "max_history_items": 60, "eval_steps": 1}
+    model = tiny_model("llama", max_position_embeddings=200)
+    make_trainer(model=model, **options)  # nothing is evaluated
+    make_trainer(model=model, eval_strategy="steps", max_eval_users=3, **options)
+    with pytest.raises(UserError, match="prompt of an evaluation .* but the model has 200 positions"):
+        make_trainer(model=model, eval_strategy="steps", **options)
 
 
 def test_settings_of_another_trainer_are_refused(make_trainer, shop, chat_tokenizer, tmp_path, tiny_model):
@@ -182,6 +199,7 @@ def test_rewards_of_one_name_have_a_figure_each(make_trainer, words):
     assert (log["rewards/reward_1/mean"], log["rewards/reward_2/mean"]) == (1.0, 0.0)
     assert "rewards/hit_reward/mean" in log and "rewards/reward/mean" not in log
     assert numbered(["a", "b", "a", "a"]) == ["a_1", "b", "a_2", "a_3"]
+    assert numbered(["a", "a", "a_1"]) == ["a_2", "a_3", "a_1"]  # which has that name by itself
 
 
 def test_a_reward_gets_what_it_names(make_trainer, words):
@@ -212,6 +230,8 @@ def test_a_reward_that_cannot_work_is_named(make_trainer, words):
             make_trainer(reward=reward).train()
     with pytest.raises(UserError, match="`reward_funcs` holds a int"):
         make_trainer(reward=[3])
+    with pytest.raises(UserError, match="`reward_funcs` is an empty list"):
+        make_trainer(reward=[])
 
 
 def test_the_warm_start_is_checked_alike(shop, tiny_model, chat_tokenizer, tmp_path):
@@ -223,3 +243,9 @@ def test_the_warm_start_is_checked_alike(shop, tiny_model, chat_tokenizer, tmp_p
         ContrastiveTrainer(*parts, shop["train"].remove_columns("target"), shop["validation"], chat_tokenizer)
     with pytest.raises(UserError, match="`eval_dataset` is an empty dict"):
         ContrastiveTrainer(*parts, shop["train"], {}, chat_tokenizer)
+
+
+def test_the_warm_start_loads_what_is_not_given(shop, tiny_model_folder, tmp_path):
+    args = ContrastiveConfig(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = ContrastiveTrainer(str(tiny_model_folder("llama")), shop["items"], args, shop["train"])
+    assert trainer.processing_class.chat_template and trainer.model.config.num_hidden_layers == 2

@@ -118,11 +118,40 @@ def test_old_log_probs_are_kept_where_a_step_lies_between_and_clip(make):
 
 
 def test_the_share_of_clipped_items_knows_low_from_high(make):
-    """A ratio of .75 is below 1 - .2 and would not be below 1 - .28; the other credited ratio is 1."""
-    term, batch, _ = make(num_iterations=2)
-    inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
-    inputs["old_item_logprobs"] = inputs["old_item_logprobs"] - torch.tensor([math.log(0.75), 0.0, 0.0, 0.0])
-    assert term.loss(batch.states, inputs, batch, torch.tensor(1.0))[-1].item() == 0.5
+    """
+    A ratio of .75 is below 1 - .2 and would not be below 1 - .28; the three others are 1. Where the advantage is
+    positive such a ratio is not clipped: it keeps its gradient.
+    """
+    term, batch, _ = make(num_iterations=2, item_credit_count=None)
+    for row, share in enumerate([0.0, 0.25]):
+        inputs = prepared(term, batch, [2.0, -2.0, 0.5, 0.0])
+        inputs["old_item_logprobs"][row] -= math.log(0.75)
+        assert term.loss(batch.states, inputs, batch, torch.tensor(1.0))[-1].item() == share
+
+
+def test_options_of_the_loss_reach_the_item(make):
+    """
+    A ratio of 3, all four rows credited. `delta` 1.5 bounds the loss of A = -2 by 3; SAPO's soft gate, of τ = 1 for
+    A > 0, gives 4σ(3 - 1) A; CISPO clips above `epsilon_high`; VESPO's γ(3) = e^3 3^2 e^-9 weighs A log π.
+    """
+    soft = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
+    shape = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+    log_pi = -math.log1p(math.exp(-1))  # of row 0
+    for options, row, expected, share in (
+        ({}, 1, 6.0, 0.0),
+        ({"delta": 1.5}, 1, 3.0, 0.0),
+        ({"loss_type": "sapo", **soft}, 0, -8 / (1 + math.exp(-2)), 0.0),
+        ({"loss_type": "cispo", "epsilon_high": 5.0}, 0, -6 * log_pi, 0.0),
+        ({"loss_type": "cispo", "epsilon_high": 2.0}, 0, -4 * log_pi, 0.25),
+        ({"loss_type": "vespo", **shape}, 0, -2 * log_pi * 9 * math.exp(-6), 0.0),
+    ):
+        term, batch, _ = make(num_iterations=2, item_credit_count=None, **options)
+        advantages = [0.0] * 4
+        advantages[row] = -2.0 if row else 2.0
+        inputs = prepared(term, batch, advantages)
+        inputs["old_item_logprobs"][row] -= math.log(3)
+        loss, *_, clip_ratio = term.loss(batch.states, inputs, batch, torch.tensor(1.0))
+        assert (loss.item(), clip_ratio.item()) == (pytest.approx(expected), share), options
     inputs["old_item_logprobs"] = inputs["old_item_logprobs"] + torch.tensor([math.log(0.75 / 1.25), 0.0, 0.0, 0.0])
     assert term.loss(batch.states, inputs, batch, torch.tensor(1.0))[-1].item() == 0.0  # 1.25 is below 1 + .28
 

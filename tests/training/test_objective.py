@@ -16,6 +16,7 @@ from r2ec_trl.training.objective import (
     contrastive_loss,
     item_credit_weights,
     mean_pairwise_cosine,
+    reward_spread,
     rloo_factor,
 )
 
@@ -228,7 +229,8 @@ def test_each_trajectory_has_the_value_and_gradient_of_the_equations(
     with torch.no_grad():
         rows = oracle._rows(model)
         ratios = [(oracle.actions(model, rows, i)[1] - oracle.old[i][1]).exp().item() for i in credited]
-    clipped = [not 1 - oracle.low <= ratio <= 1 + oracle.high for ratio in ratios]
+    signs = [oracle.advantages[i] for i in credited]
+    clipped = [r > 1 + oracle.high if sign > 0 else r < 1 - oracle.low for r, sign in zip(ratios, signs, strict=True)]
     assert second["item/clip_ratio"] == pytest.approx(sum(clipped) / len(clipped))
 
 
@@ -283,3 +285,15 @@ def test_the_oracle_agrees_with_finite_differences(tiny_model):
                 parameter += 1e-6 * way
         slope = sum((g * way).sum().item() for g, way in zip(gradient, direction, strict=True))
         assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_the_spread_of_rewards_is_that_of_what_was_scored():
+    """Equal numbers deviate by nothing, of however many; a rollout that no function scored is none; nobody: 0."""
+    nan = torch.nan
+    for size in range(2, 17):
+        assert reward_spread(torch.full((size, 1), 0.7), size, summed=True).tolist() == [0.0]
+    rewards = torch.tensor([[0.5], [0.5], [nan], [nan], [nan], [nan], [nan], [nan], [1.0], [3.0], [nan], [nan]])
+    assert reward_spread(rewards, 4, summed=True).tolist() == [0.0, 0.0, 1.0]
+    both = torch.tensor([[0.0, 2.0], [2.0, 0.0], [1.0, nan], [1.0, nan]])
+    assert reward_spread(both, 2, summed=True).tolist() == [0.0, 0.0]
+    assert reward_spread(both, 2, summed=False).tolist() == [1.0, 0.0]

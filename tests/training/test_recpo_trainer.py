@@ -522,6 +522,41 @@ def test_equal_rewards_teach_nothing_and_break_nothing(make_trainer, replay, sam
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+def test_rewards_that_cancel_out_still_teach_where_they_are_normalised_apart(make_trainer, replay):
+    """2 a + b is 2 for every rollout, but each has deviation 1 (or 2) of its own: 2 (±1) ∓ 1 is left."""
+
+    def a(completions, **kwargs):
+        return [float(i % 4 > 1) for i in range(len(completions))]
+
+    def b(completions, **kwargs):
+        return [2.0 * (i % 4 < 2) for i in range(len(completions))]
+
+    signal = {}
+    for kind in ("normalize_then_sum", "sum_then_normalize"):
+        replay(lambda prompt_ids, number: [50 + number, 60, 70, 80])
+        options = {"multi_objective_aggregation": kind, "reward_weights": [2.0, 1.0], "max_steps": 1}
+        trainer = make_trainer(reward=[a, b], **options)
+        (generation,) = record(trainer).generations
+        signal[kind] = [round(one, 1) for one in generation.advantages]
+        assert trainer.state.log_history[0]["rollout/no_signal"] == (kind == "sum_then_normalize")
+    assert signal == {"normalize_then_sum": [-0.9, -0.9, 0.9, 0.9] * 2, "sum_then_normalize": [0.0] * 8}
+
+
+def test_the_logged_item_loss_is_a_steps_however_it_is_split(make_trainer, replay):
+    """With the tokens left out it is the whole loss."""
+    losses = []
+    for rows, accumulation in ((8, 1), (2, 4)):
+        replay(lambda prompt_ids, number: [50 + number, 60, 70, 80])
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        torch.manual_seed(0)
+        trainer = make_trainer(reward=odd_reward, token_coef=0.0, max_steps=1, **options)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["item/loss"] == pytest.approx(log["loss"], rel=1e-4) and abs(log["loss"]) > 0.01
+        losses.append(log["item/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_user_gets_as_many_rollouts_as_are_asked_for(make_trainer, size):
     trainer = make_trainer(num_generations=size, per_device_train_batch_size=8, max_steps=1)
