@@ -137,8 +137,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         chat = self.prompts.chat  # TRL renders the prompts again: under the same clock
         self.chat_template, self.chat_template_kwargs = chat.template, chat.kwargs
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
-        base_model = base_of(self.model)
-        add_answer_state(base_model, args.shared_prompt)
+        add_answer_state(base_model := base_of(self.model), args.shared_prompt)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             stop_generate_at_marker(base_model, self.reader)
         slices = self.accelerator if args.slice_table else None
