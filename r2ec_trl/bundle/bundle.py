@@ -168,15 +168,21 @@ class Bundle:
     def save(self, folder: str | os.PathLike) -> Path:
         """
         Write the whole bundle: beside its place first, then renamed. A bundle that is there is replaced, anything else
-        is not. The item table is written as it is: encode it with the current weights before.
+        is not, nor its own folder where another has changed it meanwhile. The item table is written as it is: encode
+        it with the current weights before.
         """
         folder = Path(folder)
         if not self.meta.base_model and self.meta.adapter:
             raise UserError("The adapter's base has no name to load it by; `save_pretrained` it, and load from there.")
         check_output(folder)
         with lock_folder(folder, LOCK_TIMEOUT) if folder.exists() else nullcontext():
+            is_own = self.folder is not None and os.path.realpath(folder) == os.path.realpath(self.folder)
+            if is_own and folder.exists() and read_meta(folder).hashes != self.meta.hashes:
+                raise UserError(f"The bundle {str(folder)!r} was changed since it was loaded; load it again.")
             with build_folder(folder, replace=folder.exists()) as scratch:
-                self.meta = self._write_parts(scratch)
+                meta = self._write_parts(scratch)
+            if is_own or self.folder is None:  # else it stays that of its own folder
+                self.meta = meta
         return folder
 
     def _write_parts(self, folder: Path) -> BundleMeta:
@@ -360,7 +366,8 @@ class Bundle:
     def _set_catalogue(self, items: Dataset, rows: torch.Tensor, prompts: Prompts) -> None:
         """Take a new catalogue and its rows; on disk, replacing bundle.json is the moment at which it holds."""
         if self.folder is None:
-            self.meta, self.items, self.prompts = dataclasses.replace(self.meta, num_items=len(items)), items, prompts
+            self.meta = dataclasses.replace(self.meta, num_items=len(items), hashes={})  # they are of what was read
+            self.items, self.prompts = items, prompts
             self.table = table_of(prompts, items, rows, self.table.similarity)
             return
         recorded = self.meta.hashes

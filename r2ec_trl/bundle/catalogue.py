@@ -64,7 +64,7 @@ def _records(items: Dataset, rows: Rows) -> list[dict[str, Any]]:
     elif isinstance(rows, pl.DataFrame):
         records = rows.to_dicts()
     else:
-        records = [dict(row) for row in rows]
+        records = _dicts(rows)
     if not records:
         raise UserError("There are no items among the rows; give one at least.")
     seen = set()
@@ -83,12 +83,24 @@ def _records(items: Dataset, rows: Rows) -> list[dict[str, Any]]:
     return records
 
 
+def _dicts(rows: Any) -> list[dict[str, Any]]:
+    found = None if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable) else list(rows)
+    if found is None or not all(isinstance(row, Mapping) for row in found):
+        raise UserError(
+            f"The rows are {rows if found is None else found!r:.80}; give a list of objects with `item_id`."
+        )
+    return [dict(row) for row in found]
+
+
 def _dataset(items: Dataset, records: list[dict[str, Any]]) -> Dataset:
     schema = items.with_format("arrow")[:0].schema.remove_metadata()
     columns = []
     for column in schema:
         try:
-            columns.append(pa.array([row.get(column.name) for row in records], type=column.type))
-        except (pa.ArrowException, TypeError, ValueError) as error:
+            values = [row.get(column.name) for row in records]
+            columns.append(pa.array(values, type=column.type))
+            if pa.types.is_integer(column.type) and columns[-1].to_pylist() != values:  # 1.5 becomes 1 in silence
+                raise ValueError(f"{values!r:.80} are not all whole numbers")
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"Column {column.name!r} holds {column.type}: {str(error).splitlines()[0]}.") from error
     return Dataset(pa.Table.from_arrays(columns, schema=schema))

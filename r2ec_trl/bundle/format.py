@@ -24,7 +24,7 @@ from r2ec_trl.bundle.meta import CATALOGUE_FOLDER, META_FILE, SEAL, BundleMeta, 
 from r2ec_trl.data.fingerprint import sha256_of
 from r2ec_trl.data.schema import arrow_batches
 from r2ec_trl.errors import UserError, first_line
-from r2ec_trl.files import build_folder, remove_leftovers, write_json
+from r2ec_trl.files import LOCK_FILE, build_folder, remove_leftovers, write_json
 from r2ec_trl.items.table import ItemTable
 from r2ec_trl.policy import loading
 from r2ec_trl.policy.adapters import is_packed
@@ -82,7 +82,11 @@ def check_output(folder: str | os.PathLike) -> None:
     work should find that out before it starts.
     """
     folder = Path(os.path.realpath(folder))
-    if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not (folder / META_FILE).is_file()
+        and (not folder.is_dir() or any(one.name != LOCK_FILE for one in folder.iterdir()))
+    ):
         raise UserError(f"{str(folder)!r} exists and is no bundle; choose another folder for it.")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

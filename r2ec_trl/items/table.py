@@ -105,8 +105,10 @@ class ItemTable:
     def row_indices(self, item_ids: Iterable[str]) -> list[int]:
         """Rows of item ids; [`UserError`] names the first one outside the catalogue."""
         rows = []
+        if isinstance(item_ids, str):  # else each of its letters would be an id
+            raise UserError(f"{item_ids!r:.80} is no list; give a list of item ids.")
         for item_id in item_ids:
-            if item_id not in self.index:
+            if not isinstance(item_id, str) or item_id not in self.index:
                 raise UserError(f"Item {item_id!r} is not in the catalogue of {len(self)} items.")
             rows.append(self.index[item_id])
         return rows

@@ -106,6 +106,27 @@ def test_only_bundles_are_replaced(written, own, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "stranger"]
 
 
+def test_a_copy_elsewhere_is_no_other_home(own, tmp_path):
+    """The bundle stays that of its own folder, and can be changed there; an id of two letters is not two ids."""
+    bundle = Bundle.load(own)
+    bundle.save(tmp_path / "copy")
+    bundle.add_items([{"item_id": name, "title": f"oboe {name}"} for name in ("1", "2", "12")])
+    with pytest.raises(UserError, match="'12' is no list"):
+        bundle.remove_items("12")
+    assert Bundle.load(own).table.item_ids[-3:] == ["1", "2", "12"] and len(Bundle.load(tmp_path / "copy").table) == 40
+
+
+def test_what_another_added_is_not_saved_over(own, tmp_path):
+    one, two = Bundle.load(own), Bundle.load(own)
+    one.add_items(unseen(1))
+    with pytest.raises(UserError, match="was changed since it was loaded"):
+        two.save(own)
+    assert len(Bundle.load(own).table) == 41
+    one.save(own)
+    one.add_items([{"item_id": "more", "title": "oboe"}])
+    assert len(Bundle.load(own).table) == 42 and len(Bundle.load(two.save(tmp_path / "copy")).table) == 40
+
+
 def test_what_is_no_bundle(own, tmp_path):
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         Bundle.load(tmp_path / "nowhere")
@@ -258,6 +279,11 @@ def test_updates_encode_only_what_changed(own):
     "method, rows, sentence",
     [
         ("add_items", [], "no items among the rows"),
+        ("add_items", {"item_id": "a", "title": "x"}, "give a list of objects with `item_id`"),
+        ("add_items", ["a"], "give a list of objects with `item_id`"),
+        ("update_items", None, "The rows are None"),
+        ("remove_items", "i01", "'i01' is no list; give a list of item ids"),
+        ("remove_items", [["i01"]], "is not in the catalogue"),
         ("add_items", [{"title": "x"}], "Row 0 has no `item_id`"),
         ("add_items", [{"item_id": 3, "title": "x"}], "Row 0 has no `item_id`"),
         ("add_items", [{"item_id": "a", "title": "x"}] * 2, "'a' is given twice"),
@@ -373,6 +399,7 @@ def test_a_bundle_of_the_hub_is_changed_in_memory_alone(own, monkeypatch, tmp_pa
     bundle = Bundle.load("someone/games")
     bundle.add_items(unseen(1))
     assert len(bundle.table) == 41 and len(Bundle.load(own).table) == 40
+    assert not bundle.meta.hashes, "they are those of the catalogue that was read"
     with pytest.raises(UserError, match="lies in no local folder"):
         bundle.push_to_hub("games")
     assert len(Bundle.load(bundle.save(tmp_path / "mine")).table) == 41

@@ -18,7 +18,7 @@ def test_new_rows_have_the_catalogues_columns():
 
 
 def test_changes_keep_order_and_the_other_columns():
-    items, touched = with_changes(ITEMS, [{"item_id": "b", "price": 9}])
+    items, touched = with_changes(ITEMS, [{"item_id": "b", "price": 9.0}])
     assert touched == [1] and items.to_list() == [ITEMS[0], {"item_id": "b", "title": "case", "price": 9}]
 
 
@@ -31,6 +31,8 @@ def test_changes_keep_order_and_the_other_columns():
         (with_changes, [{"item_id": "a", "title": None}], "would lose its title"),
         (new_rows, [{"item_id": "c", "title": " "}], "has no title"),
         (with_changes, [{"item_id": "a", "title": ""}], "would lose its title"),
+        (with_changes, [{"item_id": "a", "price": 1.5}], "Column 'price' holds int64: .* whole numbers"),
+        (with_changes, [{"item_id": "a", "price": 2**70}], "Column 'price' holds int64"),
     ],
 )
 def test_mistakes(change, rows, sentence):

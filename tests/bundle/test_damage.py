@@ -228,6 +228,9 @@ def test_a_place_that_is_taken_is_found_out_early(own, tmp_path):
     with pytest.raises(UserError, match="cannot be written, because"):
         check_output(tmp_path / "stranger" / "thesis.tex" / "bundle")
     check_output(own)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".lock").write_text("process 1 on a machine")  # all that a save leaves that was killed
+    check_output(tmp_path / "killed")
     check_output(tmp_path / "new" / "deep" / "bundle")
     assert not (tmp_path / "new").exists()
 

@@ -105,6 +105,8 @@ def test_row_indices_name_the_stranger(small):
     assert small.row_indices(["d", "a"]) == [3, 0]
     with pytest.raises(UserError, match="'z' is not in the catalogue of 4 items"):
         small.row_indices(["a", "z"])
+    with pytest.raises(UserError, match="'da' is no list"):
+        small.row_indices("da")
 
 
 def test_refuses_repeated_ids_tiny_catalogues_and_unknown_similarities():
