@@ -111,6 +111,11 @@ def show(results: Sequence[Recommendation], console: Console) -> None:
         console.print(table)
 
 
+def put(text: str) -> None:
+    """Print data: as they are into a file or pipe, harmless on a terminal."""
+    sys.stdout.write(printable(text, keep="\n") if sys.stdout.isatty() else text)
+
+
 def main() -> None:
     args, policy_args = parse((RecommendArguments, PolicyArguments), description=__doc__)
     # who has answered its parts waits for the others
@@ -155,10 +160,10 @@ def main() -> None:
             for rank, item in enumerate(result.items, start=1)
         ]
         columns = {"user_id": pl.String, "item_id": pl.String, "score": pl.Float64, "rank": pl.Int64}
-        sys.stdout.write(pl.DataFrame(rows, schema=columns, orient="row").write_csv())
+        put(pl.DataFrame(rows, schema=columns, orient="row").write_csv())
     else:
         for result in results:
-            print(json.dumps(result.to_dict(), ensure_ascii=False))
+            put(json.dumps(result.to_dict(), ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ def main() -> None:
         from r2ec_trl.serving.page import mount_page
 
         mount = partial(mount_page, token=token)
+    if token and bundle.folder is None:
+        raise UserError(
+            f"{TOKEN_VARIABLE} lets the catalogue be changed, and changes of the hub's {args.bundle} would be lost at "
+            "the end; download it and serve the folder, or unset the variable."
+        )
     app = make_app(Recommender(bundle), limits, token, mount, writer_of(named, bundle))
     logging.info("Without reasoning: %s", reasoning_price(bundle.meta.metrics))
     uvicorn.run(

@@ -5,13 +5,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
 
 from r2ec_trl.errors import UserError
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 Value = Text | int | float | bool | None
+Number = Annotated[float, Field(strict=True)]  # no "4", no true
+Seconds = Annotated[float, Field(strict=True, ge=0, lt=2**33)]
 
 
 @dataclass
@@ -43,17 +45,17 @@ class User(Strict):
     user_id: Annotated[str, StringConstraints(max_length=512)] | StrictInt | None = None
     history: list[Id] | None = Field(None, max_length=1000, examples=[["i00012", "i00431"]])
     history_titles: list[Text] | None = Field(None, max_length=1000)
-    history_ratings: list[float | None] | None = Field(None, max_length=1000)
-    history_timestamps: list[Annotated[int, Field(ge=0, lt=2**33)] | None] | None = Field(None, max_length=1000)
-    timestamp: int | None = Field(None, ge=0, lt=2**33)
+    history_ratings: list[Number | None] | None = Field(None, max_length=1000)
+    history_timestamps: list[Seconds | None] | None = Field(None, max_length=1000)
+    timestamp: Seconds | None = None
 
 
 class RecommendRequest(Strict):
     """Users and the options that hold for all of them."""
 
     users: list[User] = Field(min_length=1, max_length=64)
-    k: int = Field(10, ge=1, le=1000)
-    exclude_history: bool = True
+    k: int = Field(10, strict=True, ge=1, le=1000)
+    exclude_history: StrictBool = True
     reasoning: Text | None = Field(
         None, description="'full': the model reasons; 'none': it answers at once; else the reasoning itself."
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -321,4 +322,4 @@ def _ids(name: str, item_ids: Iterable[str]) -> tuple[str, ...]:
 
 
 def _folded(title: str) -> str:
-    return " ".join(title.split()).casefold()
+    return unicodedata.normalize("NFC", " ".join(title.split()).casefold())  # é as one character, or as two

@@ -292,7 +292,9 @@ def _add_state(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
     @app.get("/readyz", response_model=Ready)
     async def ready() -> Any:
         """200 while there is room in the queue; with it, what is answered by default and what no reasoning costs."""
-        if batcher.waiting >= batcher.max_queue or not batcher.alive:
+        if not batcher.alive:
+            return _failure(503, "The model's thread has ended.")
+        if batcher.waiting >= batcher.max_queue:
             return _failure(503, "The queue is full.")
         meta = batcher.recommender.bundle.meta
         return Ready(status="ready", reasoning=meta.protocol.reasoning, price=reasoning_price(meta.metrics))

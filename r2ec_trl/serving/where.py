@@ -98,12 +98,7 @@ class _Parser:
         return expression
 
     def _any(self) -> pl.Expr:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise self._error(f"more than {MAX_DEPTH} parentheses stand inside one another")
-        expression = self._joined("OR", operator.or_, lambda: self._joined("AND", operator.and_, self._not))
-        self.depth -= 1
-        return expression
+        return self._joined("OR", operator.or_, lambda: self._joined("AND", operator.and_, self._not))
 
     def _joined(self, word: str, join: Callable[[pl.Expr, pl.Expr], pl.Expr], part: Callable[[], pl.Expr]) -> pl.Expr:
         parts = [part()]
@@ -169,15 +164,28 @@ class _Parser:
             raise self._error("the values of IN are texts and numbers; give one kind")
         if known:
             self._note(left, pl.lit(known[0]))
+        kind = self._type(left) or pl.Float64
         if known and isinstance(known[0], str):
             found = left.is_in(known)
+        elif len(known) > _COMPARED and kind.is_integer():
+            whole = [int(value) for value in known if abs(value) < 2**63 and value == int(value)]
+            found = left.cast(pl.Int64, strict=False).is_in(whole)
         elif len(known) > _COMPARED:
-            found = left.cast(pl.Float64).is_in([float(value) for value in known])
+            wanted = pl.Float32 if kind == pl.Float32 else pl.Float64  # as `=` compares them
+            found = left.cast(wanted).is_in(pl.Series([float(value) for value in known], dtype=wanted))
         else:
             found = self._tree(operator.or_, [pl.lit(False), *(left == value for value in known)])
         return found if len(known) == len(values) else pl.when(found).then(True)  # else null
 
     def _operand(self) -> pl.Expr:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self._error(f"more than {MAX_DEPTH} parentheses stand inside one another")
+        expression = self._value()
+        self.depth -= 1
+        return expression
+
+    def _value(self) -> pl.Expr:
         kind, text = self._next()
         if text == "(":
             expression = self._any()

@@ -174,3 +174,23 @@ def test_the_window_counts_from_arrival(library):
     held.set()
     assert len(job.future.result(10).items) == 10
     batcher.close()
+
+
+def test_an_engine_that_ended_is_no_full_queue(own):
+    writer = SlowWriter(Recommender.from_pretrained(own).bundle)
+    server = Served(own, writer=writer)
+    assert server.client.get("/readyz").status_code == 200
+    writer.alive = False
+    for path in ("/readyz", "/healthz"):
+        answer = server.client.get(path)
+        assert answer.status_code == 503 and answer.json() == {"error": "The model's thread has ended."}
+    server.close()
+
+
+def test_changes_that_would_be_lost_are_refused(launch, own, monkeypatch):
+    """A bundle of the hub is changed in memory alone, and the server says of a change that it is on disk."""
+    monkeypatch.setattr("r2ec_trl.bundle.format.snapshot_download", lambda name: str(own))
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setenv("R2EC_TRL_TOKEN", "sesam")
+    with pytest.raises(UserError, match="changes of the hub's someone/games would be lost"):
+        launch("serve", "--bundle", "someone/games", "--page", "false")

@@ -23,6 +23,8 @@ from r2ec_trl.serving.messages import Limits, reasoning_price  # noqa: E402
         (b'{"users": [{"history_titles": ["\\ud800"]}]}', 422, "history_titles"),
         (b'{"users": [{"history_titles": ["x"], "\\ud800": 1}]}', 422, "as a unicode string"),
         (b'{"users": [{"history_titles": ["x"]}], "k": 1000000}', 422, "less than or equal to 1000"),
+        (b'{"users": [{"history_titles": ["x"]}], "k": true}', 422, "body.k: Input should be a valid integer"),
+        (b'{"users": [{"history_titles": ["x"]}], "exclude_history": "no"}', 422, "body.exclude_history"),
         (b'{"users": [{"history_titles": ["x"]}], "allow": ["nope"]}', 422, "'nope' is not in the catalogue"),
         (b'{"users": [{"history_titles": ["x"]}], "where": "cost < 3"}', 422, "cost"),
         (b'{"users": [{"history_titles": ["x"]}], "where": "title IN (SELECT 1)"}', 422, "`where`"),
@@ -52,7 +54,13 @@ def test_a_user_of_a_file_is_one_of_a_request(served, library):
     assert answer["user_id"] == "7" and [item["item_id"] for item in answer["items"]] == [
         item.item_id for item in expected.items
     ]
-    for wrong in ({"user_id": True}, {"user_id": 1.5}, {"history_ratings": ["x", 1]}):
+    whole = {**user, "history_timestamps": [100.0, None], "timestamp": 1e9}
+    assert served.client.post("/v1/recommend", json={"users": [whole]}).status_code == 200
+    wrongs: list = [{"user_id": True}, {"user_id": 1.5}, {"history_ratings": ["x", 1]}]
+    wrongs += [{"history_ratings": [True, 1]}, {"history_ratings": ["4", 1]}, {"history_timestamps": ["5", 1]}]
+    for wrong in [*wrongs, {"timestamp": True}, {"timestamp": "100"}]:
+        with pytest.raises(UserError):
+            library.recommend([{**user, **wrong}])
         assert served.client.post("/v1/recommend", json={"users": [{**user, **wrong}]}).status_code == 422
 
 

@@ -132,6 +132,12 @@ def test_answers_are_of_the_precision_that_was_evaluated(bundle, shop):
     assert scores[0] != scores[1] == pytest.approx(scores[0], abs=0.05)
 
 
+def test_an_accent_is_one_character_or_two(recommender, monkeypatch):
+    titles = {"caf\u00e9 stool": [3]}
+    monkeypatch.setattr(recommender, "_rows_by_title", lambda: titles)
+    assert recommender.prepare({"history_titles": ["CAFE\u0301 stool"]}).user["rows"] == [3]
+
+
 def test_a_user_without_purchases_is_answered(recommender):
     """By id or by title, alone or among others: the same list, of which nothing is left out."""
     [alone], [title] = recommender.recommend([[]], 40), recommender.recommend([{"history_titles": []}], 40)
@@ -237,6 +243,17 @@ def test_recipe_reads_a_bundle_and_users(recipe, bundle, recommender, tmp_path):
     assert [json.loads(line) for line in lines] == [result.to_dict() for result in expected]
     shown = recipe("--bundle", folder, "--history", "i00", "--k", 2, "--reasoning", "none", "--exclude", "i03")
     assert "user 0" in shown and "score" in shown
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_data_are_harmless_on_a_terminal_and_as_they_are_in_a_file(recipe, bundle, tmp_path, monkeypatch, kind):
+    folder = bundle.save(tmp_path / "bundle")
+    (tmp_path / "users.jsonl").write_text(json.dumps({"user_id": "a\x9b2J", "history": ["i00"]}))
+    words = ("--bundle", folder, "--input", tmp_path / "users.jsonl", "--k", 1, "--format", kind, "--reasoning", "x")
+    assert "a\x9b2J" in recipe(*words)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = recipe(*words)
+    assert "a\\x9b2J" in shown and "\x9b" not in shown and shown.endswith("\n")
 
 
 def test_recipe_makes_a_bundle_of_a_model_and_a_dataset(recipe, shop_folder, tiny_model_folder, tmp_path):

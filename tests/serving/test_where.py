@@ -82,6 +82,8 @@ def test_nan_is_unknown_and_not_above_every_number(where):
         "\x00",
         "price <\n",
         "(" * 5_000 + "price < 5" + ")" * 5_000,
+        "CAST(" * 5_000 + "price" + " AS DOUBLE)" * 5_000 + " < 5",
+        "MIN(" * 5_000 + "price" + ")" * 5_000 + " < 5",
         "NOT " * 5_000 + "(" * 60 + "price < 5" + ")" * 60,
         " OR ".join(["price < 5"] * 3_000),
         "title = '" + "a" * 100_000 + "'",
@@ -121,6 +123,16 @@ def test_a_condition_is_a_text(where):
 )
 def test_the_words_of_the_grammar(where, expected):
     assert matching_rows(ITEMS, where) == expected
+
+
+@pytest.mark.parametrize("more", [0, 60])
+def test_a_long_list_compares_as_a_short_one(more):
+    """Rounded numbers and large whole ones, too."""
+    frame = pl.DataFrame({"price": pl.Series([19.99, 5.5], dtype=pl.Float32), "number": [2**53 + 1, 2**53]})
+    others = "".join(f", {n}.5" for n in range(more))
+    assert matching_rows(frame, f"price IN (19.99{others})") == [True, more > 0]
+    assert matching_rows(frame, f"number IN ({2**53 + 1}{others})") == [True, False]
+    assert matching_rows(frame, f"number IN (1e999, {2**53}{others})") == [False, True]
 
 
 def test_prices_with_a_currency_are_numbers():
