@@ -67,6 +67,7 @@ def write_with(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
             write(scratch)
             _sync(scratch)
             os.replace(scratch, path)

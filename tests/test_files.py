@@ -174,6 +174,12 @@ def test_what_the_dead_leave_is_removed(tmp_path):
     assert names(tmp_path) == sorted([".hidden", alive.name])
 
 
+def test_the_next_write_removes_what_the_dead_left(tmp_path):
+    die(tmp_path, "unfinished")
+    write_text(tmp_path / "new", "x")
+    assert names(tmp_path) == [".lock", "new"]
+
+
 def test_a_reused_process_number_does_not_fool_it(tmp_path):
     mine = files._scratch(tmp_path / "a", "unfinished").name
     pid, started, rest = mine.split("unfinished-")[1].split("-", 2)

@@ -395,7 +395,7 @@ def test_an_option_holds_in_every_place(one_step, plain_step, flag, values, shop
     assert [one.items[0].item_id for one in given] == [items[0] for items in mine["top_item_ids"]]
 
 
-def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):
+def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own, monkeypatch):
     """`split`, `max_eval_users`, `reasoning`, `seed` and the bundle's own limit of 8 tokens are obeyed."""
     words = ["--bundle", written, "--dataset", shop_folder]
     modes = ["--reasoning", "full", "none", "truncated", "other"]
@@ -419,6 +419,9 @@ def test_evaluate_recipe(launch, written, shop, shop_folder, tmp_path, own):
     assert reasoning_price(kept).startswith("NDCG@10 on the test split is")
     with pytest.raises(UserError, match="--record keeps figures of all test users"):
         launch("evaluate", *words, "--record", "--split", "train", out=tmp_path / "not")
+    with monkeypatch.context() as hub, pytest.raises(UserError, match="--record writes into a local bundle"):
+        hub.setattr("r2ec_trl.bundle.format.snapshot_download", lambda name: str(own))
+        launch("evaluate", "--bundle", "someone/games", *words[2:], "--record", out=tmp_path / "not")
     bundle = Bundle.load(own)
     protocol = dataclasses.replace(bundle.meta.protocol, reasoning="none")
     bundle.meta = dataclasses.replace(bundle.meta, protocol=protocol)

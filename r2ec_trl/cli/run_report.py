@@ -18,6 +18,7 @@ from r2ec_trl.bundle.meta import read_json
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.reasoning_audit import draw_audit
 from r2ec_trl.errors import UserError, first_line
+from r2ec_trl.evaluation.comparison import differences
 from r2ec_trl.evaluation.report import MASKS, METRICS_FILE, flat, read_ranks
 from r2ec_trl.files import write_text
 from r2ec_trl.metrics import PERCENT
@@ -43,7 +44,7 @@ def write_run_report(
         users ([`~datasets.Dataset`], *optional*):
             The test rows, whose purchases are then shown.
         audit (`str` or `os.PathLike`, *optional*):
-            `reasoning_audit.json` of recipes/evaluate.py.
+            `reasoning_audit.json` of recipes/evaluate.py, of the same dataset folder and split.
 
     Raises:
         [`UserError`]: where the folder holds no finished run.
@@ -72,7 +73,10 @@ def _page(
     if "before" in result:  # a run before this one may have left its own there
         frames = {"before": read_ranks(folder / "before")[0], **frames}
     history, *audits = named[1:]
-    modes = _read(audits[0], "evaluate.py --audit true writes one")["modes"] if audits else {}
+    audit = _read(audits[0], "evaluate.py --audit true writes one") if audits else {"modes": {}}
+    if audits:  # of other rows it says nothing of this run
+        differences(result["protocol"], audit["protocol"], f"{folder / METRICS_FILE} and {audits[0]}")
+    modes = audit["modes"]
     logs = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
     after, curve = result["after"], None
     if logs:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MASKS = {"unmasked": "rank", "masked": "rank_masked"}  # name in the report -> column of the frame
 
 _PROTOCOL_KEY = b"protocol"
+_POLARS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)  # panic: a field's name that is no UTF-8
 _COLUMNS = {"user_id": pl.String, "target": pl.String, "rank": pl.Int64, "rank_masked": pl.Int64}
 
 
@@ -122,15 +123,16 @@ def _slice(systems: Mapping[str, pl.DataFrame], rows: np.ndarray, users: np.ndar
 def write_frame(file: str | os.PathLike, frame: pl.DataFrame, protocol: Mapping[str, Any]) -> None:
     """Write a frame as one Parquet file, whole or not at all, with the protocol in its metadata."""
     table = frame.to_arrow().replace_schema_metadata({_PROTOCOL_KEY: json.dumps(protocol)})
-    write_with(file, lambda scratch: pq.write_table(table, scratch))
+    write_with(file, lambda scratch: pq.write_table(table, scratch, write_page_checksum=True))
 
 
 def read_frame(file: str | os.PathLike, fault: str) -> tuple[pl.DataFrame, Any]:
     """What [`write_frame`] wrote; `fault` is the sentence of the [`UserError`] where it is something else."""
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file, page_checksum_verification=True)
+        table.validate(full=True)  # else polars crashes later on
         return pl.DataFrame(table), json.loads((table.schema.metadata or {})[_PROTOCOL_KEY])
-    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, KeyError, ValueError, RecursionError) as error:
+    except (pa.ArrowException, *_POLARS, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(fault) from error
 
 

@@ -46,6 +46,10 @@ def read_rollouts(file: str | os.PathLike) -> tuple[pl.DataFrame, dict[str, Any]
     if missing or not frame.height or not isinstance(protocol, dict):
         what = f"lacks the columns {', '.join(missing)}" if missing else "holds no rollouts"
         raise UserError(f"{file} {what}; sample them again with recipes/try_reward.py.")
+    settings = protocol.get("settings")
+    limit = settings.get("max_completion_length") if isinstance(settings, dict) else None
+    if isinstance(limit, bool) or not isinstance(limit, int):  # soft_overlong is told it
+        raise UserError(f"{file} has no `max_completion_length` in its protocol; sample the rollouts again.")
     return frame, protocol
 
 

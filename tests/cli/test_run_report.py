@@ -69,8 +69,12 @@ def test_the_audit_is_taken_in(finished, shop, tmp_path):
     plain = write_run_report(folder, shop["items"]).read_text(encoding="utf-8")
     assert "Does the reasoning help?" not in plain
     (folder / "audit").mkdir()
-    (folder / "audit" / "reasoning_audit.json").write_text(json.dumps({"modes": {"first:3": one}}))
     audit = folder / "audit" / "reasoning_audit.json"
+    other = {**PROTOCOL, "split_sha256": "another's"}
+    audit.write_text(json.dumps({"protocol": other, "modes": {"first:3": one}}))
+    with pytest.raises(UserError, match="their protocols differ in split_sha256"):
+        write_run_report(folder, shop["items"], audit=audit)
+    audit.write_text(json.dumps({"protocol": {**PROTOCOL, "seed": 4}, "modes": {"first:3": one}}))
     text = write_run_report(folder, shop["items"], audit=audit).read_text(encoding="utf-8")
     assert "Does the reasoning help?" in text and "+0.0543" in text and text.count("<svg") == 2
     with pytest.raises(UserError, match="There is no .*nowhere"):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import random
 import re
 
 import polars as pl
@@ -142,7 +143,9 @@ def test_writing_again_replaces(tmp_path):
 def test_nothing_is_left_half_written(tmp_path, monkeypatch):
     write_report(tmp_path, report(frame(), {}, made()), frame())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(pq, "write_table", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        pq, "write_table", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     other = frame(rank=(9, 9, 9, 9))
     with pytest.raises(UserError, match="cannot be written .*No space left"):
         write_report(tmp_path, report(other, {}, made()), other)
@@ -180,6 +183,23 @@ def test_what_cannot_be_read(tmp_path):
     write_report(tmp_path, report(frame(), {}, made()), frame().drop("rank_masked"))
     with pytest.raises(UserError, match="lacks the columns rank_masked"):
         read_ranks(tmp_path)
+
+
+def test_a_flipped_bit_in_the_ranks_is_refused_or_harmless(tmp_path):
+    wanted, figures = pl.concat([frame()] * 12), ["user_id", "target", "rank", "rank_masked"]
+    write_report(tmp_path, {"protocol": made()}, wanted)
+    whole, draw, refused = (tmp_path / "ranks.parquet").read_bytes(), random.Random(0), 0
+    for _ in range(400):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        (tmp_path / "ranks.parquet").write_bytes(data)
+        try:
+            found, _ = read_ranks(tmp_path)
+        except UserError:
+            refused += 1
+        else:
+            assert found.select(figures).equals(wanted.select(figures))
+    assert refused > 100
 
 
 @pytest.mark.parametrize(

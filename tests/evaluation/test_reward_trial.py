@@ -87,9 +87,9 @@ def test_from_a_model_through_a_file_and_back(recommender, shop, tmp_path):
     rows = rollout_rows(samples, users, prompts, len(table))
     assert rows["history"].to_list() == [users["history"][i] for i in (0, 0, 0, 1, 1, 1)]
     assert rows["num_items"].unique().to_list() == [40]
-    write_frame(tmp_path / "r.parquet", rows, {"seed": 3})
+    write_frame(tmp_path / "r.parquet", rows, {"settings": {"max_completion_length": 4}})
     again, protocol = read_rollouts(tmp_path / "r.parquet")
-    assert again.equals(rows) and protocol == {"seed": 3}
+    assert again.equals(rows) and protocol == {"settings": {"max_completion_length": 4}}
     assert rewards_of(again, fused_reward).tolist() == pytest.approx(
         fused_reward([], samples["rank"].to_list(), samples["target_prob"].to_list())
     )
@@ -104,6 +104,10 @@ def test_files_that_are_none(tmp_path):
     Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     write_frame(tmp_path / "less.parquet", rollouts().drop("rank"), {})
     write_frame(tmp_path / "empty.parquet", rollouts().clear(), {})
+    for number, facts in enumerate(({}, {"settings": 3}, {"settings": {"max_completion_length": "4"}})):
+        write_frame(tmp_path / f"{number}.parquet", rollouts(), facts)
+        with pytest.raises(UserError, match="no `max_completion_length` in its protocol"):
+            read_rollouts(tmp_path / f"{number}.parquet")
     for name, word in {
         "text": "no file",
         "other.parquet": "no file",
