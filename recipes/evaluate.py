@@ -183,9 +183,9 @@ def evaluate(args: EvaluateArguments, policy_args: PolicyArguments, accelerator:
         if args.record:
             raise UserError(f"The catalogue of {args.bundle} is not {args.dataset}'s; evaluate without --record.")
         dataset["items"], card = bundle.items, card_of_changed_catalogue(card, bundle)
-    if args.record and bundle.folder is None:
-        raise UserError(f"--record writes into a local bundle, and {args.bundle} is the hub's; download it first.")
     if args.record:
+        if bundle.folder is None:
+            raise UserError(f"--record writes into a local bundle, and {args.bundle} is the hub's; download it first.")
         check_writable(bundle.folder)
     wanted = args.reasoning or ([] if not args.audit else audit_modes(bundle.meta.protocol.max_completion_length))
     wanted = wanted or [bundle.meta.protocol.reasoning]
