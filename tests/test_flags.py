@@ -561,7 +561,8 @@ def test_report_recipe(launch, warm, shop, shop_folder, tmp_path):
         "seconds": 0.5,
         **dict.fromkeys(["unmasked", "masked"], {"value": 0.125, "low": 0, "high": 1}),
     }
-    (tmp_path / "a.json").write_text(json.dumps({"modes": {"first:3": one}}))
+    protocol = json.loads((warm / "metrics.json").read_text())["protocol"]
+    (tmp_path / "a.json").write_text(json.dumps({"protocol": protocol, "modes": {"first:3": one}}))
     report = warm / "report.html"
     report.unlink()
     launch("report", "--run", warm, "--dataset", shop_folder)
