@@ -84,7 +84,7 @@ class GreedyEvaluation(_Base):
         `max_prompt_length` or the model, is refused before anything is trained.
         """
         for part in users.values() if isinstance(users, dict) else [users] if users is not None else []:
-            for user in part.select(range(min(len(part), most or len(part)))):
+            for user in first_rows(part, most):
                 self.prompts.user_ids(user)
         completion = 0 if self.reasoning == "none" else self.args.max_completion_length
         longest = self.prompts.longest_user + len(self.prompts.marker_ids) + completion

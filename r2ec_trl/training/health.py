@@ -28,7 +28,7 @@ ZERO_STD = 0.5
 # An untrained language model's rows start near .98 and fall while they learn to differ; staying above .95, or rising
 # by .2 from the start, can mean that the items collapse onto one direction. Seen with `item_negatives` catalogue and
 # `item_coef` 20: the batch's 24 targets are pulled to their users, few of the 600 negatives are pushed; .80 to .96.
-# The demo goes .01 to .6 and its validation rises all the while, so the sentence asks for a look at that.
+# The demo goes .01 to .5 and its validation rises all the while, so the sentence asks for a look at that.
 COSINE = 0.95
 COSINE_RISE = 0.2
 COSINE_GRACE = 10  # logged values before a high, falling cosine counts as a collapse

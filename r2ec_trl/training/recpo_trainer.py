@@ -137,7 +137,8 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         chat = self.prompts.chat  # TRL renders the prompts again: under the same clock
         self.chat_template, self.chat_template_kwargs = chat.template, chat.kwargs
         args.mask_truncated_completions = self._mask_truncated  # so that the saved settings say what was done
-        add_answer_state(base_model := base_of(self.model), args.shared_prompt)
+        base_model = base_of(self.model)
+        add_answer_state(base_model, args.shared_prompt)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             stop_generate_at_marker(base_model, self.reader)
         slices = self.accelerator if args.slice_table else None
@@ -148,8 +149,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         check_start(self.model, self.prompts, texts, length, trains=args.disable_dropout)
         if args.eval_strategy != "no":
             self.check_prompts(self.eval_dataset, args.max_eval_users)
-        shown = args.num_completions_to_print or 1
-        series = self._metrics["train"]
+        shown, series = args.num_completions_to_print or 1, self._metrics["train"]
         self.guard_training(Telemetry(self.accelerator, self.steps_taken, series, args.watch_steps, shown))
         self.reward_pass = RewardPass(self.table, self.prompts, args, self.accelerator, self.telemetry)
         self.item_term = ItemTerm(self.table, args, self._encode_with_gradient, self.is_deepspeed_enabled)

@@ -34,6 +34,18 @@ OBEYED = {  # name: the test in which it changes what we do
         ),
         "tests/test_distributed.py::test_same_numbers_under_other_settings",
     ),
+    **dict.fromkeys(
+        (
+            "delta",
+            "sapo_temperature_neg",
+            "sapo_temperature_pos",
+            "vespo_k_neg",
+            "vespo_k_pos",
+            "vespo_lambda_neg",
+            "vespo_lambda_pos",
+        ),
+        "tests/training/test_item_term.py::test_options_of_the_loss_reach_the_item",
+    ),
     "num_generations": "tests/training/test_recpo_trainer.py::test_a_user_gets_as_many_rollouts_as_are_asked_for",
     "scale_rewards": "tests/test_mistakes.py::test_5_rloo_is_leave_one_out_and_sums_to_zero",
     "reward_weights": "tests/training/test_recpo_trainer.py::test_several_rewards_with_weights_none_and_async",
@@ -79,7 +91,7 @@ TRLS = NEWER | frozenset("""
     accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices beta cache_implementation
     data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
-    ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug delta
+    ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug
     disable_tqdm do_eval do_predict do_train ds3_gather_for_generation entropy_coef entropy_coef_delta
     entropy_coef_max entropy_coef_min entropy_target eval_delay eval_on_start eval_steps eval_strategy
     full_determinism gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id
@@ -90,12 +102,12 @@ TRLS = NEWER | frozenset("""
     max_steps min_p num_completions_to_print num_generations_eval num_train_epochs off_policy_mask_threshold
     optim_args optim_target_modules output_dir pad_to_multiple_of per_device_eval_batch_size project push_to_hub
     ref_model_mixup_alpha ref_model_sync_steps report_to restore_callback_states_from_checkpoint
-    resume_from_checkpoint router_aux_loss_coef run_name sapo_temperature_neg sapo_temperature_pos
+    resume_from_checkpoint router_aux_loss_coef run_name
     save_on_each_node save_only_model save_steps save_strategy save_total_limit seed shuffle_dataset
     skip_memory_metrics sync_ref_model temperature tf32 top_entropy_quantile top_k top_p torch_empty_cache_steps
     trackio_bucket_id trackio_space_id trackio_static_space_id transformers_continuous_batching_config
     use_adaptive_entropy use_bias_correction_kl use_cache use_transformers_continuous_batching
-    use_transformers_paged use_vllm vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
+    use_transformers_paged use_vllm
     vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_importance_sampling_cap
     vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_max_model_length vllm_mode
     vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
