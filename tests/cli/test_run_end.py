@@ -32,6 +32,16 @@ def test_the_start_is_measured_before_training_and_a_run_goes_on_where_it_is_tol
     assert calls == [("evaluate", "rows"), "written", ("train", "latest"), ("rows", "before", 3)]
 
 
+def test_test_prompts_are_tried_before_training(monkeypatch):
+    """By the evaluation of the start, or else by a look at them: a prompt too long fails at once, not at the end."""
+    order = []
+    arguments = SimpleNamespace(resume_from_checkpoint=None)
+    trainer = SimpleNamespace(args=arguments, check_prompts=order.append, train=lambda **_: order.append("train"))
+    monkeypatch.setattr(run_end, "finish_run", lambda *given: order.append("finish"))
+    run_end.train_and_finish(trainer, {}, {}, "rows", RunArguments(report_before=False))
+    assert order == ["rows", "train", "finish"]
+
+
 def test_the_ranks_are_kept_whatever_fails_later(written, shop_folder, tmp_path, monkeypatch, launch):
     def fail(*_, **__):
         raise RuntimeError("baselines")
