@@ -143,14 +143,12 @@ class SaveOnTerminate(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if self.leaving:
-            self._restore()
+            self.restore()
             self.accelerator.end_training()
             raise SystemExit(SIGTERM_STATUS)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """SIGTERM does again what it did before the training."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None

@@ -76,12 +76,17 @@ class GuardedTraining(_Base):
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A checkpoint's folder, or `"latest"` (or `True`): the newest whole one of `output_dir`, if any.
         """
-        if not any(isinstance(callback, SaveOnTerminate) for callback in self.callback_handler.callbacks):
-            self.add_callback(SaveOnTerminate(self.accelerator))
-        with self.guard:
-            folder = self.keeper.resume_from(resume_from_checkpoint)
-            with self._no_step_more(), self._adapters_as_they_were(folder):
-                return super().train(None if folder is None else str(folder), *args, **kwargs)
+        terminate = SaveOnTerminate(self.accelerator)
+        self.add_callback(terminate)
+        self._step, self._buffered_inputs = 0, None  # TRL's: rollouts that an interrupted run left are of other users
+        try:
+            with self.guard:
+                folder = self.keeper.resume_from(resume_from_checkpoint)
+                with self._no_step_more(), self._adapters_as_they_were(folder):
+                    return super().train(None if folder is None else str(folder), *args, **kwargs)
+        finally:  # a run that failed or was interrupted, too: the process may go on
+            terminate.restore()
+            self.remove_callback(terminate)
 
     @contextmanager
     def _adapters_as_they_were(self, folder: Path | None) -> Iterator[None]:

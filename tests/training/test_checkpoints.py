@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import shutil
+import signal
 from types import SimpleNamespace
 
 import kill_resume
@@ -15,6 +16,7 @@ from r2ec_trl.cli.run_start import TimeLimitCallback
 from r2ec_trl.errors import UserError
 from r2ec_trl.training.checkpoints import (
     MANIFEST,
+    CheckpointKeeper,
     checkpoints,
     is_whole,
     latest_checkpoint,
@@ -114,6 +116,38 @@ def test_a_run_that_goes_on_with_other_batches_is_in_step_with_transformers(make
     assert list(after) == [4, 5] and after[4] == after[5] and resumed._step == 5
 
 
+class Interrupt(TrainerCallback):
+    """Ctrl-C between the micro-batches of the second step, once."""
+
+    done = False
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 1 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_in_the_same_process(make_trainer, shop, tmp_path):
+    """
+    The trainer itself goes on, as in a notebook: the rollouts in its buffer were of the step that is taken anew, and
+    in between SIGTERM ends the process again.
+    """
+    before, ends = signal.getsignal(signal.SIGTERM), []
+    settings = {**RUN, "gradient_accumulation_steps": 2, "max_steps": 3, "save_steps": 1}
+    for folder, callbacks in (("whole", []), ("cut", [Interrupt()])):
+        torch.manual_seed(0)
+        settings["output_dir"] = str(tmp_path / folder)
+        trainer = make_trainer(train=shop["train"].select(range(12)), callbacks=callbacks, **settings)
+        if callbacks:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            assert signal.getsignal(signal.SIGTERM) is before
+        trainer.train(resume_from_checkpoint="latest" if callbacks else None)
+        ends.append((weights_of(trainer), trainer.batch.prompts, trainer.state.global_step))
+    assert ends[0][1:] == ends[1][1:]
+    assert all(torch.equal(value, ends[0][0][name]) for name, value in ends[1][0].items())
+
+
 def test_latest_skips_a_half_written_checkpoint_with_a_warning(fake_run, caplog):
     run = fake_run({5: True, 10: True, 15: False, 100: False})
     with caplog.at_level(logging.WARNING):
@@ -137,6 +171,94 @@ def test_the_limit_deletes_neither_the_best_nor_the_newest_whole_one(fake_run):
     remove_old_checkpoints(run, None, best=None)
     remove_old_checkpoints(run, 1, best=None)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-20"]
+
+
+def test_the_limit_deletes_half_written_ones_first_and_none_keeps_all(fake_run):
+    run = fake_run({5: True, 10: True, 15: True, 20: False})
+    for limit in (None, 0, -1):  # as transformers has it
+        remove_old_checkpoints(run, limit, best=None)
+        assert len(checkpoints(run)) == 4
+    remove_old_checkpoints(run, 3, best=None)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-5", "checkpoint-10", "checkpoint-15"]
+
+
+def test_what_was_written_last_is_the_newest_after_others_are_gone(fake_run):
+    run = fake_run({5: True, 10: True, 15: True})
+    remove_old_checkpoints(run, 2, best=None)
+    (run / "checkpoint-8").mkdir()  # the run went back to before 8
+    write_manifest(run / "checkpoint-8")
+    assert latest_checkpoint(run) == run / "checkpoint-8"
+
+
+def test_folders_of_other_names_are_no_checkpoints(fake_run):
+    run = fake_run({5: True})
+    for name in ("checkpoint-7.bak", "checkpoint-9-old", "my-checkpoint-8", "checkpoint-"):
+        (run / name).mkdir()
+    (run / "checkpoint-6").touch()
+    assert checkpoints(run) == [run / "checkpoint-5"]
+
+
+def test_a_file_that_grew_is_not_whole(fake_run):
+    folder = fake_run({5: True}) / "checkpoint-5"
+    with open(folder / "trainer_state.json", "a", encoding="utf-8") as file:
+        file.write(" ")
+    assert not is_whole(folder)
+
+
+def keeper_of(**settings):
+    """A keeper without a trainer; its table is not saved."""
+    defaults = {"should_save": True, "save_total_limit": None, "ignore_data_skip": False}
+    args = SimpleNamespace(**{**defaults, **settings})
+    table, accelerator = SimpleNamespace(num_bytes=0), SimpleNamespace(wait_for_everyone=lambda: None)
+    return CheckpointKeeper(table, accelerator, args, SimpleNamespace(callbacks=[]))
+
+
+def test_nothing_is_deleted_before_the_new_one_is_whole(fake_run):
+    """One may stay: while the third is written, and when that fails, the two of before are there."""
+    run, taker = fake_run({1: True, 2: True}), keeper_of(save_total_limit=1)
+    state, folder = TrainerState(), run / "checkpoint-3"
+    with pytest.raises(UserError, match="checkpoint-3 could not be written .*No space left.*checkpoint-2 is whole"):
+        with taker.saving(folder, state):
+            assert taker.args.save_total_limit is None  # else transformers would delete by itself
+            folder.mkdir()
+            raise OSError("No space left on device")
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
+    with pytest.raises(RuntimeError, match="shapes"), taker.saving(folder, state):
+        raise RuntimeError("mat1 and mat2 shapes")  # no fault of the disk
+    with taker.saving(folder, state):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("weights")
+        assert len(checkpoints(run)) == 3
+    assert checkpoints(run) == [folder] and is_whole(folder) and taker.args.save_total_limit == 1
+
+
+def test_a_process_that_does_not_save_touches_no_file(fake_run):
+    run = fake_run({1: True, 2: False})
+    with keeper_of(should_save=False, save_total_limit=1).saving(run / "checkpoint-2", TrainerState()):
+        assert (run / "checkpoint-2" / "trainer_state.json").is_file()
+    assert len(checkpoints(run)) == 2 and not is_whole(run / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("step", "skip", "expected"), [(0, True, (0, 0)), (1, True, (0, 4)), (3, True, (1, 4)), (3, False, (1, 0))]
+)
+def test_a_resumed_run_counts_the_short_window_at_an_epochs_end(step, skip, expected):
+    """Six micro-batches an epoch, four a step: transformers makes two steps of it, the second of two."""
+    taker = keeper_of(gradient_accumulation_steps=4, ignore_data_skip=not skip)
+    taker.resumed = TrainerState(global_step=step)
+    assert taker.position(6) == expected
+
+
+@pytest.mark.parametrize(
+    ("greater", "found", "best", "saves"),
+    [(True, 0.5, None, 1), (True, 0.6, 0.5, 1), (True, 0.5, 0.5, 0), (False, 0.4, 0.5, 1), (False, 0.6, 0.5, 0)],
+)
+def test_a_new_best_is_saved_at_once_where_it_will_be_loaded(greater, found, best, saves):
+    for loads in (True, False):
+        args = SimpleNamespace(load_best_model_at_end=loads, metric_for_best_model="loss", greater_is_better=greater)
+        control = TrainerControl()
+        keeper_of().on_evaluate(args, TrainerState(best_metric=best), control, {"eval_loss": found})
+        assert control.should_save == (loads and bool(saves))
 
 
 def test_a_run_that_went_back_goes_on_from_what_it_wrote_last(fake_run, tmp_path):
@@ -399,8 +521,9 @@ def test_a_state_that_is_no_object_is_one_sentence(keeper, text):
         taker.resume_from(str(copy))
 
 
-def test_pickled_weights_are_refused(keeper):
-    taker, copy = keeper(lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"))
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter_model.bin"])
+def test_pickled_weights_are_refused(keeper, name):
+    taker, copy = keeper(lambda folder: (folder / name).write_bytes(b"x"))
     with pytest.raises(UserError, match="holds pickled weights"):
         taker.resume_from(str(copy))
 
@@ -442,6 +565,9 @@ def test_a_run_that_a_limit_ended_is_finished_under_the_same_limit_alone(keeper,
         taker.handler = SimpleNamespace(callbacks=limits)
         finished.append(taker.is_finished(5))
     assert finished == [True, False, False]
+    taker.handler = SimpleNamespace(callbacks=[limit(2)])
+    assert not taker.is_finished(6)  # more steps were asked for
+    assert taker.resume_from(None) is None and not taker.is_finished(5)  # a run of its own
 
 
 def test_a_table_that_cannot_be_read_back_is_emptied(keeper):

@@ -1,21 +1,23 @@
 """What goes wrong ends the run on every process, soon, with a sentence that names the cause and the knob."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_distributed import ROOT, SETTINGS, launch_words
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState
 from trl import GRPOTrainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.training.checkpoints import checkpoints, is_whole
-from r2ec_trl.training.faults import MEMORY_KNOBS
+from r2ec_trl.training.faults import MEMORY_KNOBS, RunGuard, SaveOnTerminate
 from r2ec_trl.training.telemetry import PARTS
 
 WORKER = Path(__file__).parents[1] / "fault_worker.py"
@@ -183,6 +185,54 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(make_trainer, mo
     with pytest.raises(UserError, match="gradient's norm is (inf|nan) at step 0, and the step was not taken"):
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_a_norm_of_mixed_precision_or_of_nobody_is_left_alone(tmp_path):
+    """fp16 overflows until its scale fits, and the scaler skips that step; DeepSpeed may tell no norm at all."""
+    telemetry = SimpleNamespace(step=lambda: 3, accelerator=SimpleNamespace(process_index=0))
+    for fp16 in (True, False):
+        guard = RunGuard(telemetry, SimpleNamespace(fp16=fp16, output_dir=str(tmp_path)), None)
+        assert guard.check_norm(None) is None and guard.check_norm(2.0) == 2.0
+        if fp16:
+            assert guard.check_norm(math.inf) == math.inf
+        else:
+            with pytest.raises(UserError, match="norm is inf at step 3, and the step was not taken"):
+                guard.check_norm(torch.tensor(math.inf))
+
+
+@pytest.mark.parametrize("signals", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_sigterm_on_any_process_saves_on_all_and_evaluates_on_none(signals):
+    """The scheduler waits for some seconds only; this process and another one, or neither, got the signal."""
+    ended = []
+    accelerator = SimpleNamespace(
+        device="cpu",
+        gather=lambda own: torch.cat([own, torch.tensor(signals[1:])]),
+        end_training=lambda: ended.append(1),
+    )
+    saver, state = SaveOnTerminate(accelerator), TrainerState(global_step=3)
+    control = TrainerControl(should_evaluate=True)
+    saver.received = bool(signals[0])
+    saver.on_step_end(None, state, control)
+    assert (control.should_save, control.should_evaluate) == ((True, False) if any(signals) else (False, True))
+    if any(signals):
+        with pytest.raises(SystemExit) as left:
+            saver.on_save(None, state, control)
+        assert left.value.code == 143 and ended == [1]
+    else:
+        saver.on_save(None, state, control)  # one that was due anyway
+        assert not ended
+
+
+def test_sigterm_does_what_it_did_before_when_a_run_has_failed(make_trainer):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def reward(completions, **kwargs):
+        assert signal.getsignal(signal.SIGTERM) is not before
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        make_trainer(reward=reward).train()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_every_phase_has_a_knob():
