@@ -70,12 +70,13 @@ class Telemetry(TrainerCallback):
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Around a part of a step: its seconds are logged; an error leaves the phase where it is."""
-        before, start = self.phase, time.perf_counter()
+        """Around a part of a step: its seconds are logged, those of a part within it with that one alone; an error
+        leaves the phase where it is."""
+        before, start, counted = self.phase, time.perf_counter(), sum(self._seconds.values())
         self.come_to(part)
         yield
         self.come_to(before)
-        self._seconds[part] += time.perf_counter() - start
+        self._seconds[part] += time.perf_counter() - start - (sum(self._seconds.values()) - counted)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.series.get("step_time"):  # TRL's, of the step that ends
