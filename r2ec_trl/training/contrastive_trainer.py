@@ -119,6 +119,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
 
     reasoning = "none"
     reasoning_report: dict[str, Any] | None = None
+    _row_cosine: float | None = None
 
     def __init__(
         self,
@@ -212,7 +213,7 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
             loss = contrastive_loss(
                 self.table.project(outputs.answer_state), rows, positions, self.args.item_temperature
             )
-        if self.state.global_step % self.state.logging_steps == 0:
+        if self._row_cosine is None:  # the first since the newest log
             self._row_cosine = mean_pairwise_cosine(rows.detach()).item()
         self.guard.check_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
@@ -238,8 +239,8 @@ class ContrastiveTrainer(GuardedTraining, GreedyEvaluation, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As [`~transformers.Trainer`]'s, with the mean pairwise cosine of the batch's rows and what was sampled."""
-        if "loss" in logs and hasattr(self, "_row_cosine"):
-            logs["item/mean_pairwise_cosine"] = self._row_cosine
+        if "loss" in logs and self._row_cosine is not None:
+            logs["item/mean_pairwise_cosine"], self._row_cosine = self._row_cosine, None
             logs.update({name: sum(series) / len(series) for name, series in self.telemetry.series.items() if series})
             self.telemetry.series.clear()
         super().log(logs, start_time)

@@ -1,5 +1,8 @@
 """ContrastiveTrainer: M8 of the equations, gradient to both sides, and it learns."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,6 +11,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.metrics import ndcg_at_k
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
@@ -88,6 +92,64 @@ def test_validation_rises_and_the_row_cosine_is_logged(make_contrastive):
     assert losses[-1]["loss"] < 0.7 * losses[0]["loss"] and "item/mean_pairwise_cosine" in losses[0]
 
 
+def test_another_process_has_further_negatives(make_contrastive, monkeypatch):
+    """Its targets are candidates too: the softmax has more to share, so the loss is larger."""
+    trainer = make_contrastive()
+    batch = trainer._collate([trainer.train_dataset[row] for row in range(8)])
+    others = [row for row in range(len(trainer.table)) if row not in batch["targets"]][:5]
+    losses = []
+    for more in ([], others):
+        place = "r2ec_trl.training.contrastive_trainer.gather_object"
+        monkeypatch.setattr(place, lambda own, more=more: [*more, *own])
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[1] > losses[0] + 0.01
+
+
+def test_a_batch_is_never_short_of_negatives(make_contrastive, shop):
+    """Eleven users in batches of eight: the other three wait for the next epoch's shuffle."""
+    trainer = make_contrastive(train=shop["train"].select(range(11)))
+    assert [len(batch["targets"]) for batch in trainer.get_train_dataloader()] == [8]
+
+
+def test_the_seed_decides_where_the_adapter_starts(make_contrastive):
+    starts = []
+    for noise, seed in ((1, 7), (2, 7), (1, 8)):
+        torch.manual_seed(noise)
+        trainer = make_contrastive(seed=seed)
+        starts.append(torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad]))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_saves_the_rows(make_contrastive, tmp_path, monkeypatch):
+    trainer = make_contrastive()
+    monkeypatch.setattr(
+        "r2ec_trl.training.contrastive_trainer.contrastive_loss", lambda states, *_: states.sum() * torch.nan
+    )
+    with pytest.raises(UserError, match="The loss is nan at step 0; its rows are in"):
+        trainer.train()
+    rows = json.loads((tmp_path / "faults" / "step0-process0.json").read_text())
+    assert len(rows) == 8 and all(row["input_ids"] and "targets" in row for row in rows)
+
+
+def test_figures_are_of_the_steps_since_the_newest_log(make_contrastive):
+    """
+    A run that goes on between two logs has the same figures as the others; each log has those of its own two steps.
+    """
+    settings = {"reasoning": "sampled", "max_completion_length": 2, "max_eval_users": 2, "logging_steps": 2}
+    trainer = make_contrastive(max_steps=4, save_strategy="steps", save_steps=1, **settings)
+    series, seen, inner = trainer.telemetry.series, [], trainer.sampled.loss
+    trainer.sampled.loss = lambda *args: (inner(*args), seen.append(series["loss/item"][-1]))[0]
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["loss/item"] for log in logs] == pytest.approx([sum(seen[:2]) / 2, sum(seen[2:]) / 2])
+    assert logs[0]["item/mean_pairwise_cosine"] != logs[1]["item/mean_pairwise_cosine"]
+    shutil.rmtree(f"{trainer.args.output_dir}/checkpoint-4")
+    again = make_contrastive(max_steps=4, **settings)
+    again.train(resume_from_checkpoint="latest")
+    (log,) = [log for log in again.state.log_history if log.get("step") == 4 and "loss" in log]
+    assert log.keys() == logs[1].keys() and log["loss/item"] == pytest.approx(seen[3], abs=1e-4)
+
+
 def test_dropout_is_off_in_the_adapter_too(make_contrastive):
     trainer = make_contrastive(dropout=0.5)
     assert all(module.p == 0 for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout))
@@ -109,7 +171,7 @@ def test_fewer_users_than_a_batch_is_an_error(make_contrastive, shop):
         make_contrastive(train=shop["train"].from_list([{**shop["train"][0], "target": "i99"}] * 8))
 
 
-def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_contrastive, tmp_path):
+def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_contrastive, shop, tmp_path):
     trainer = make_contrastive(reasoning="sampled", max_completion_length=4, max_eval_users=6, stop_coef=0.5)
     trainer.train()
     log, report = trainer.state.log_history[0], trainer.reasoning_report
@@ -120,6 +182,9 @@ def test_a_sampled_warm_start_reasons_reports_and_says_what_it_sampled(make_cont
     ndcg = report["none_to_full"]["unmasked"]["ndcg@10"]
     assert last["eval_reasoning/full_minus_none"] == pytest.approx(ndcg["after"] - ndcg["before"])
     assert (tmp_path / "adapter_model.safetensors").is_file()
+    for mode, frame in ((mode, trainer.evaluate_frame(shop["validation"], mode)[:6]) for mode in ("none", "full")):
+        assert last[f"eval_reasoning/{mode}"] == pytest.approx(float(ndcg_at_k(frame["rank"].to_numpy(), 10).mean()))
+    assert abs(last["eval_reasoning/full"] - last["eval_reasoning/none"]) > 0.01
     assert trainer.evaluate()["eval_recommendation/reasoning_tokens"] > 0
     assert make_contrastive().reasoning_report is None
 

@@ -34,9 +34,10 @@ def step(make_contrastive, monkeypatch):
     return make
 
 
-def test_loss_is_that_of_each_state_and_of_the_best_words(step, tiny_model):
+def test_loss_is_that_of_each_state_and_of_the_best_words(step, tiny_model, shop):
     """Three of eight users reason, twice each, the others not; float64, one by one."""
     trainer, batch, prompts, rollouts, loss = step(reasoning_share=0.3, stop_coef=0.25)
+    assert prompts == [trainer.prompts.user_ids(shop["train"][row]) for row in range(8)]  # without the marker
     assert not any(rollout.has_marker for rollout in rollouts)
     assert len(rollouts) == 3 * 2 + 5 and [len(r.ids) for r in rollouts[6:]] == [len(trainer.prompts.marker_ids)] * 5
     model = double_model(tiny_model("llama"), LoraConfig(**LORA))
