@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import polars as pl
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from rich import get_console
 from transformers import AutoModelForCausalLM
@@ -13,9 +14,11 @@ from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.cli import run_end
 from r2ec_trl.cli.run_end import finish_run
 from r2ec_trl.cli.run_start import RunArguments
+from r2ec_trl.data.demo import write_reasoning
 from r2ec_trl.data.schema import load_dataset_card
 from r2ec_trl.evaluation.comparison import compare_frames
 from r2ec_trl.evaluation.report import read_ranks, report
+from r2ec_trl.evaluation.users import without_histories
 
 
 def test_the_start_is_measured_before_training_and_a_run_goes_on_where_it_is_told(tmp_path, monkeypatch):
@@ -74,6 +77,52 @@ def test_a_run_keeps_its_ranks_and_titles_steer_no_terminal(
     assert protocol["seed"] == 4 and frame.height == 10 and metrics["difference"]["unmasked"]["hit@5"]
     again = compare_frames(read_ranks(tmp_path / "before")[0], frame, seed=4)
     assert metrics["difference"] == again != compare_frames(before, frame, seed=0)
+
+
+def test_each_figure_of_the_end_is_of_the_weights_and_the_mode_that_it_names(
+    make_trainer, tiny_model_folder, shop, shop_folder, tmp_path
+):
+    """
+    The weights have changed since the table was encoded, as when the best are loaded at the end: the bundle's ranks
+    are those of a table of the new ones, with reasoning, without, and of users whose purchases nobody knows.
+    """
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
+    trainer = make_trainer(model=model, output_dir=str(tmp_path), seed=4)
+    stale = trainer.evaluate_frame(shop["test"])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    trainer.state.global_step, trainer.state.best_global_step, trainer.state.best_metric = 5, 3, 0.25
+    finish_run(trainer, shop, load_dataset_card(shop_folder), shop["test"], None)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    full, none = (trainer.evaluate_frame(shop["test"], mode) for mode in ("full", "none"))
+    strangers = trainer.evaluate_frame(without_histories(shop["test"]))
+    assert read_ranks(tmp_path)[0]["rank"].equals(full["rank"]) and not full["rank"].equals(stale["rank"])
+    found = {
+        "full": metrics["after"]["unmasked"],
+        "none": metrics["reasoning_none"]["unmasked"],
+        "strangers": metrics["after"]["no_history"],
+    }
+    for name, frame in {"full": full, "none": none, "strangers": strangers}.items():
+        expected = report(frame, {}, {}, seed=4)["unmasked"]["model"]
+        assert found[name]["model"] == {metric: expected[metric] for metric in found[name]["model"]}, name
+    assert len({json.dumps(figures["model"]["ndcg@10"]) for figures in found.values()}) == 3
+    settings = {name: metrics[name]["protocol"]["settings"] for name in ("after", "reasoning_none")}
+    lengths = {name: (one["reasoning"], one["max_completion_length"]) for name, one in settings.items()}
+    assert lengths == {"after": ("full", 8), "reasoning_none": ("none", 0)}
+    training = metrics["training"]
+    assert (training["steps"], training["best_step"], training["best_validation"]) == (5, 3, 0.25)
+
+
+def test_shares_of_reasonings_are_of_all_rows():
+    """Of three, two name the family, one the stage as well, and two end by themselves."""
+    text = write_reasoning("guitar", "strap", "fenta")
+    frame = pl.DataFrame({"reasoning": [text, text, "no idea"], "has_marker": [True, False, True]})
+    truth = [{"true_family": "guitar", "true_stage": stage} for stage in ("strap", "stand", "strap")]
+    shares = run_end.reasoning_shares(frame, Dataset.from_list(truth))
+    assert shares == pytest.approx({"has_marker": 2 / 3, "right_family": 2 / 3, "right_stage": 1 / 3})
 
 
 def test_baselines_count_train_rows_alone():

@@ -18,6 +18,7 @@ from r2ec_trl.training.objective import (
     mean_pairwise_cosine,
     reward_spread,
     rloo_factor,
+    token_normalizer,
 )
 
 SIZE = 4
@@ -102,6 +103,14 @@ def test_mean_pairwise_cosine_equals_the_mean_over_pairs(count, seed):
         torch.cosine_similarity(rows[i], rows[j], dim=0).item() for i in range(count) for j in range(count) if i != j
     ]
     assert mean_pairwise_cosine(rows).item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("grpo", [6.0, 18.0]), ("sapo", [6.0, 18.0]), ("bnpo", 9.0)])
+def test_a_rollout_that_ended_at_once_divides_by_one_token_not_by_none(name, expected):
+    """Its marker was appended, so none of its tokens is trained; its item may be. Two rows, three micro-batches."""
+    mask = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    assert token_normalizer(name, mask, torch.tensor(3.0), 3, 3, 1).tolist() == expected
+    assert token_normalizer("bnpo", mask[:1], torch.tensor(0.0), 3, 3, 1).item() == 3.0
 
 
 # ------------------------------------------------------------------------------------- the whole objective (M4 to M7)

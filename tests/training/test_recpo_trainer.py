@@ -117,6 +117,40 @@ def test_cached_item_gradients_and_shared_prompts_equal_their_plain_twins(make_t
         assert norm > 0.1 and difference < 2e-5 * norm, (step, difference, norm)
 
 
+def test_a_short_window_at_an_epochs_end_weighs_as_it_would_alone(make_trainer, replay, sample, shop):
+    """
+    Three micro-batches an epoch: of two to a step the last is alone. With the learning rate 0 it has the loss that it
+    has as a step of its own, tokens and item.
+    """
+    losses = []
+    for accumulation in (1, 2):
+        replay(sample)
+        settings = {"learning_rate": 0.0, "max_steps": -1, "num_train_epochs": 1, "steps_per_generation": 1}
+        trainer = make_trainer(
+            train=shop["train"].select(range(6)),
+            reward=odd_reward,
+            item_coef=2.0,
+            item_temperature=0.2,
+            gradient_accumulation_steps=accumulation,
+            **settings,
+        )
+        steps = record(trainer).steps
+        assert len(steps) == 3
+        losses.append([step.loss for step in steps])
+    assert losses[1] == pytest.approx([losses[0][0] / 2, losses[0][1] / 2, losses[0][2]], abs=1e-6)
+    assert abs(losses[0][2]) > 1e-2
+
+
+def test_reentrant_checkpointing_trains_without_norms_apart(make_trainer, replay, sample):
+    """Its backward cannot be run twice."""
+    replay(sample)
+    more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = make_trainer(max_steps=1, watch_steps=1, reward=odd_reward, **more)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["grad_norm"] > 0 and "grad_norm/item" not in log and "table/target_drift" in log
+
+
 def test_a_group_stays_in_one_micro_batch_through_the_shuffle(make_trainer, replay, sample):
     replay(sample)
     trainer = make_trainer(
@@ -313,6 +347,44 @@ def test_several_rewards_with_weights_none_and_async(make_trainer, replay, sampl
     assert log["rewards/later/mean"] == pytest.approx(3.0)
     assert log["reward"] == pytest.approx(log["rewards/hit_reward/mean"] + 0.5 * (0 + 2 + 4 + 6) / 8)
     assert log["grad_norm"] == log["grad_norm"]
+
+
+def test_leaving_one_out_counts_whom_any_reward_judges(make_trainer, replay, sample):
+    """The second reward judges two of four, and gives them 0: all four count, so 4/3 of what TRL makes of them."""
+
+    def all_of_them(completions, **kwargs):
+        return [[1.0, 2.0, 6.0, 7.0][i % 4] for i in range(len(completions))]
+
+    def some(completions, **kwargs):
+        return [[0.0, None, 0.0, None][i % 4] for i in range(len(completions))]
+
+    replay(sample)
+    trainer = make_trainer(reward=[all_of_them, some], advantage="rloo", scale_rewards="none", max_steps=1)
+    (generation,) = record(trainer).generations
+    assert generation.advantages == pytest.approx([1 - 5, 2 - 14 / 3, 6 - 10 / 3, 7 - 3] * 2)
+
+
+def test_log_probs_of_the_sampler_stay_with_their_tokens(make_trainer, replay, sample):
+    """
+    -k for the k-th sampled token: what comes behind the marker is cut with its log-prob, and appended tokens, which
+    nobody sampled, have none. Padding ends a rollout as the end-of-sequence token does.
+    """
+    replay(sample)
+    trainer = make_trainer()
+    inner, pad = trainer._generate_single_turn, trainer._tokenizer.pad_token_id
+
+    def with_logprobs(*args):
+        sampled = [[*ids, pad, pad] if i == 2 else ids for i, ids in enumerate(inner(*args)[0])]
+        return sampled, [[-1.0 - k for k in range(len(ids))] for ids in sampled]
+
+    trainer._generate_single_turn = with_logprobs
+    output = trainer.roll_out([trainer.train_dataset[0]["prompt"]] * 4)
+    for ids, trained, logprobs in zip(output["completion_ids"], output["env_mask"], output["logprobs"], strict=True):
+        count = sum(trained)
+        assert logprobs == [-1.0 - k for k in range(count)] + [0.0] * (len(ids) - count)
+        assert pad not in ids
+    assert [rollout.truncated for rollout in output["_rollout"]] == [False] * 4
+    assert 0 < sum(output["env_mask"][2]) < len(output["env_mask"][2])
 
 
 def test_a_rollout_that_no_reward_judges_has_no_advantage_and_the_rest_leave_one_out(make_trainer, replay, sample):

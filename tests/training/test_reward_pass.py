@@ -1,10 +1,12 @@
 """The reward pass: what rewards see is scored against fresh rows of the batch's targets, whatever the budget."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder
@@ -61,6 +63,27 @@ def test_ranks_and_scores_are_those_of_freshly_encoded_targets(make_trainer, rol
         assert kwargs["target_rank"][i] == 1 + int((scores[i] > scores[i, target] + 1e-7).sum())
     assert not torch.allclose(rows[trainer.batch.candidates], start[trainer.batch.candidates], atol=1e-3)
     assert torch.allclose(trainer.batch.target_rows, rows[trainer.batch.candidates], atol=1e-5)
+    if watch_steps:  # what the targets gained by being fresh, each among the rows of the start
+        old = states @ start.T
+        targets = trainer.table.row_indices(kwargs["target"])
+        stale = [1 + int((old[i] > old[i, target] + 1e-7).sum()) for i, target in enumerate(targets)]
+        gains = [math.log(a / b) for a, b in zip(stale, kwargs["target_rank"], strict=True)]
+        found = trainer.state.log_history[1]["table/fresh_rank_gain"]
+        assert found == pytest.approx(sum(gains) / len(gains), abs=1e-5) and abs(found) > 0.01
+
+
+def test_a_reward_sees_no_more_items_than_are_left(make_trainer, rollouts, shop):
+    """Of 40 items 35 are masked: the lists are of the other five alone."""
+    history = shop["items"]["item_id"][:35]
+    users = [{"user_id": f"u{target}", "history": history, "target": target} for target in ("i36", "i37")]
+    seen = []
+
+    def reward(completions, top_item_ids, **kwargs):
+        seen.extend(top_item_ids)
+        return [0.1 * i for i in range(len(completions))]
+
+    make_trainer(reward=reward, train=Dataset.from_list(users), mask_history=True, max_steps=1).train()
+    assert len(seen) == 8 and all(sorted(items) == shop["items"]["item_id"][35:] for items in seen)
 
 
 def test_rewards_read_what_the_policy_wrote(chat_tokenizer):
@@ -106,11 +129,11 @@ def test_the_whole_table_is_refreshed_where_it_costs_no_more_than_its_share():
     assert refresh([0], 28) is True and asked[1:] == [[1, 2, 3]]
 
 
-@pytest.mark.parametrize("step, due", [(0, True), (3, False), (6, True), (9, False), (12, True)])
+@pytest.mark.parametrize("step, due", [(0, True), (6, False), (12, True), (18, True), (30, False)])
 def test_a_refresh_is_due_when_its_step_has_passed_since_the_batch_before(step, due):
-    """Rollouts of two micro-batches, each trained on three times, two to a step: new ones every three steps."""
-    settings = {"steps_per_generation": 2, "num_iterations": 3, "gradient_accumulation_steps": 2}
-    refresh, _ = reward_pass(step, table_refresh_steps=5, **settings)
+    """Rollouts of four micro-batches, each trained on three times, two to a step: new ones every six steps."""
+    settings = {"steps_per_generation": 4, "num_iterations": 3, "gradient_accumulation_steps": 2}
+    refresh, _ = reward_pass(step, table_refresh_steps=8, **settings)
     assert refresh([], 0) is due
 
 
