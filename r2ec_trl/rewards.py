@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -223,6 +223,8 @@ def load_reward(spec: str, **settings: Any) -> Reward:
     if not callable(reward):
         kind = type(reward).__name__
         raise UserError(f"Reward {spec!r}: {name} is of type {kind} and cannot be called; name a function.")
+    if inspect.isclass(reward):
+        raise UserError(f"Reward {spec!r}: {name} is a class; make one there (`reward = {name}()`) and name that.")
     return reward
 
 
@@ -256,21 +258,32 @@ def checked_reward(func: Reward) -> Reward:
 def _wanted(func: Reward, name: str, completions: list, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a reward takes: all of them with `**kwargs`, else those that it names."""
     given = {"completions": completions, **kwargs}
-    known = ", ".join(sorted(given))
-    try:
-        parameters = inspect.signature(func).parameters.values()
-    except ValueError:  # a function of C tells nothing
+    check_arguments(func, name, given)
+    parameters = _parameters(func)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) or not parameters:
         return given
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        given = {each.name: given[each.name] for each in parameters if each.name in given}
-    for each in parameters:
-        needed = each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
-        if needed and each.name not in given:
+    return {each.name: given[each.name] for each in parameters if each.name in given}
+
+
+def check_arguments(func: Reward, name: str, known: Collection[str]) -> None:
+    """[`UserError`] for a reward that asks for what is not `known`, or takes it by its place alone."""
+    for each in _parameters(func):
+        if each.default is not each.empty or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+            continue
+        if each.kind is each.POSITIONAL_ONLY:
+            raise UserError(f"Reward {name!r} takes {each.name!r} by its place alone; take the `/` out: it is named.")
+        if each.name not in known:
             raise UserError(
                 f"Reward {name!r} asks for {each.name!r}, which is neither a column of the dataset nor one of "
-                f"{known}; name one of these, or give it a default."
+                f"{', '.join(sorted(known))}; name one of these, or give it a default."
             )
-    return given
+
+
+def _parameters(func: Reward) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(func).parameters.values())
+    except ValueError:  # a function of C tells nothing
+        return []
 
 
 def reward_name(func: Reward) -> str:

@@ -28,6 +28,7 @@ from r2ec_trl.cli.plan import make_plan
 from r2ec_trl.cli.run_end import train_and_finish
 from r2ec_trl.cli.run_start import RunArguments, callbacks_of, rows_to_test, rows_to_train, started
 from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
+from r2ec_trl.training.inputs import resolve_rewards
 from r2ec_trl.training.recpo_config import RecPOConfig
 from r2ec_trl.training.recpo_trainer import RecPOTrainer
 from r2ec_trl.vllm.guards import unused_engine
@@ -57,6 +58,7 @@ def main() -> None:
     if run_args.plan:
         dataset, card = load_dataset(run_args.dataset, args.output_dir)
         args.category = args.category or card["category"]
+        resolve_rewards(run_args.reward_funcs, args, dataset["train"].column_names)
         if args.process_index == 0:
             dataset["train"] = rows_to_train(run_args, args, dataset)
             get_console().print(make_plan(args, policy_args, dataset).render())
@@ -64,6 +66,7 @@ def main() -> None:
     with started(run_args, args, policy_args):
         dataset, card = load_dataset(run_args.dataset, args.output_dir)
         test = rows_to_test(run_args, args, dataset)
+        rewards = resolve_rewards(run_args.reward_funcs, args, dataset["train"].column_names)
         args.category = args.category or card["category"]
         if (unused := unused_engine(args)) and args.process_index == 0:
             logger.warning(unused)
@@ -73,7 +76,7 @@ def main() -> None:
         trainer = RecPOTrainer(
             model,
             dataset["items"],
-            run_args.reward_funcs,
+            rewards,
             args,
             rows_to_train(run_args, args, dataset),
             dataset["validation"],

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 import pickle
 
 import numpy as np
@@ -13,6 +14,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.rewards import (
+    check_arguments,
     checked_reward,
     fused_reward,
     hit_reward,
@@ -124,6 +126,7 @@ def test_a_file_does_not_take_the_place_of_a_module(tmp_path):
         ("", "{folder}/other.py:f", "there is no file .*other.py"),
         ("x = 1", "{file}:f", "has no function 'f'"),
         ("f = 1", "{file}:f", "f is of type int and cannot be called"),
+        ("class F:\n    def __call__(self, **_):\n        return []", "{file}:F", "F is a class; make one there"),
         ("import no_such_module", "{file}:f", "does not import .*no_such_module"),
         ("def f(:\n", "{file}:f", "does not import .*SyntaxError"),
         ("f = missing", "{file}:f", "does not import .*NameError"),
@@ -211,6 +214,26 @@ def test_every_form_that_trl_takes_keeps_its_kind_and_name(reward, name, value, 
     assert is_async_callable(checked) == is_async_callable(reward) == is_async
     result = checked(completions=["a", "b"])
     assert (asyncio.run(result) if is_async else result) == [value, value]
+
+
+def by_place(completions, /, **kwargs):
+    return [1.0] * len(completions)
+
+
+def by_name(*unused, completions, target_rank, scale=2.0):
+    return [scale / rank for rank in target_rank]
+
+
+def test_what_a_reward_asks_for_is_given_by_its_name():
+    with pytest.raises(UserError, match="'by_place' takes 'completions' by its place alone; take the `/` out"):
+        checked_reward(by_place)(completions=["a"])
+    with pytest.raises(UserError, match="'sqrt' takes .* by its place alone"):
+        checked_reward(math.sqrt)(completions=["a"])
+    assert checked_reward(by_name)(completions=["a", "b"], target_rank=[1, 2], user_id=["u", "v"]) == [2.0, 1.0]
+    with pytest.raises(UserError, match="'by_name' asks for 'target_rank', .* one of completions, user_id; name"):
+        checked_reward(by_name)(completions=["a"], user_id=["u"])
+    check_arguments(by_name, "by_name", ["completions", "target_rank"])
+    check_arguments(max, "max", [])  # a function of C that tells nothing
 
 
 def test_async_answers_are_checked():

@@ -17,16 +17,19 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from r2ec_trl.bundle.format import check_output
+from r2ec_trl.bundle.meta import META_FILE
 from r2ec_trl.cli.dataset_choice import DataArguments
 from r2ec_trl.cli.learning_curve import LearningCurveCallback
 from r2ec_trl.cli.terminal import WorkDisplay, say, start_logging
 from r2ec_trl.cli.threads import use_cores
 from r2ec_trl.data.arrow import to_dataset
+from r2ec_trl.data.schema import CARD
 from r2ec_trl.data.stable_hash import share_points
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import first_rows
 from r2ec_trl.files import explained
 from r2ec_trl.policy.ranges import check_ranges
+from r2ec_trl.training.checkpoints import LATEST, named_checkpoint
 from r2ec_trl.training.health import HealthCallback
 
 
@@ -89,12 +92,16 @@ def started(run_args: RunArguments, args: Any, policy_args: Any) -> Iterator[Non
     only fail when all the training is done is refused.
 
     Raises:
-        [`UserError`]: when the output folder cannot be written, or its `bundle` is something else.
+        [`UserError`]: when the output folder cannot be written, is something else, or its `bundle` is; when there is
+        no such checkpoint to go on from.
     """
     main = args.process_index == 0
     start_logging(main)
     threads = use_cores()
+    _check_place(Path(args.output_dir), policy_args)
     folder = check_writable(args.output_dir)
+    if args.resume_from_checkpoint not in (None, "", LATEST):
+        named_checkpoint(args.resume_from_checkpoint)
     check_output(folder / "bundle")
     if run_args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise UserError("--early_stopping_patience counts evaluations and there are none; add --eval_strategy steps.")
@@ -105,6 +112,16 @@ def started(run_args: RunArguments, args: Any, policy_args: Any) -> Iterator[Non
             say(f"No GPU: {threads} CPU thread(s) a process; OMP_NUM_THREADS sets another number.")
     with WorkDisplay(shown=main):
         yield
+
+
+def _check_place(folder: Path, policy_args: Any) -> None:
+    """[`UserError`] for a folder whose own files the run would write over."""
+    what = "a bundle" if (folder / META_FILE).is_file() else "a dataset folder" if (folder / CARD).is_file() else None
+    for name in ("model_name_or_path", "adapter"):
+        start = getattr(policy_args, name)
+        what = f"the run's own --{name}" if start and folder.resolve() == Path(start).resolve() else what
+    if what:
+        raise UserError(f"--output_dir {folder} is {what}, which the run would write over; give another folder.")
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:

@@ -123,6 +123,13 @@ def latest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return None
 
 
+def named_checkpoint(name: str) -> Path:
+    """The folder that `resume_from_checkpoint` names; [`UserError`] where it is no checkpoint."""
+    if not Path(name, "trainer_state.json").is_file():
+        raise UserError(f"`resume_from_checkpoint`: {name} is no checkpoint; give its folder, or '{LATEST}'.")
+    return Path(name)
+
+
 def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | None) -> None:
     """
     Delete the oldest checkpoints beyond `limit` (`save_total_limit`; `None` keeps all), half-written ones first; never
@@ -242,9 +249,7 @@ class CheckpointKeeper(TrainerCallback):
             if folder is None:
                 logger.warning("No whole checkpoint in %s: starting from the beginning.", self.args.output_dir)
             return folder
-        folder = Path(str(wanted))
-        if not (folder / "trainer_state.json").is_file():
-            raise UserError(f"`resume_from_checkpoint`: {folder} is no checkpoint; give its folder, or '{LATEST}'.")
+        folder = named_checkpoint(str(wanted))
         if (folder / MANIFEST).is_file() and not is_whole(folder, content=True):
             fault = "damaged" if is_whole(folder) else "missing or cut short"
             raise UserError(f"`resume_from_checkpoint`: files of {folder} are {fault}; {_ANOTHER}")

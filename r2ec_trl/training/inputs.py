@@ -15,11 +15,12 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import summarise_users
 from r2ec_trl.policy.checks import fit_adapter
 from r2ec_trl.policy.loading import PolicyArguments, load_policy
-from r2ec_trl.rewards import OF_REWARDS, checked_reward, load_reward
+from r2ec_trl.rewards import OF_REWARDS, check_arguments, checked_reward, load_reward, reward_name
 
 logger = logging.getLogger(__name__)
 
 HIDDEN = "_shown_to_rewards_as_"  # prefix of columns whose names mean something else to TRL
+NEVER_GIVEN = ("prompt", "completion", "environments")  # of what TRL knows, what no reward of ours gets
 OF_TRL = ("image", "images")  # TRL would make a vision model's prompts of them
 
 
@@ -190,8 +191,11 @@ def resolve_policy(model: Any, tokenizer: Any, peft_config: Any, args: Any, more
     return model, tokenizer, fit_adapter(peft_config, model)
 
 
-def resolve_rewards(reward_funcs: Any, args: Any) -> list[Callable]:
-    """Reward functions by name or as they are, each checking its answers; the fused reward where none is given."""
+def resolve_rewards(reward_funcs: Any, args: Any, columns: Iterable[str]) -> list[Callable]:
+    """
+    Reward functions by name or as they are, each checking its answers; the fused reward where none is given. Each gets
+    what it asks for from train rows of these columns.
+    """
     specs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs or "fused"]
     if not specs:
         raise UserError("`reward_funcs` is an empty list; name at least one reward, or leave it out.")
@@ -202,7 +206,11 @@ def resolve_rewards(reward_funcs: Any, args: Any) -> list[Callable]:
         raise UserError(f"{len(loaded)} reward functions, but {len(args.reward_weights)} `reward_weights`.")
     if wrong := [func for func in loaded if not callable(func)]:
         raise UserError(f"`reward_funcs` holds a {type(wrong[0]).__name__}; give functions, or names of them.")
-    return [func if isinstance(func, torch.nn.Module) else checked_reward(func) for func in loaded]
+    known = {*OF_REWARDS, *(name.removeprefix(HIDDEN) for name in columns)} - set(NEVER_GIVEN)
+    own = [func for func in loaded if not isinstance(func, torch.nn.Module)]
+    for func in own:
+        check_arguments(func, reward_name(func), known)
+    return [checked_reward(func) if func in own else func for func in loaded]
 
 
 def numbered(names: list[str]) -> list[str]:

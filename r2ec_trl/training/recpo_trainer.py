@@ -122,7 +122,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         with vllm_backend(args, self._timed_sync, lambda: self.eos_token_ids), stable_rollout_func():
             super().__init__(
                 model=model,
-                reward_funcs=resolve_rewards(reward_funcs, args),
+                reward_funcs=resolve_rewards(reward_funcs, args, train_dataset.column_names),
                 args=args,
                 train_dataset=self._with_prompts(train_dataset),
                 eval_dataset=eval_dataset,

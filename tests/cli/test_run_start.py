@@ -25,6 +25,10 @@ from r2ec_trl.errors import UserError
         (["--early_stopping_patience", "2"], "add --eval_strategy steps"),
         (["--output_dir", "{foreign}"], "exists and is no bundle"),
         (["--output_dir", "{file}"], "cannot be written"),
+        (["--output_dir", "{foreign}/../old"], "is a bundle, which the run would write over"),
+        (["--dataset", "{data}", "--output_dir", "{data}"], "is a dataset folder, which the run would write over"),
+        (["--adapter", "{foreign}", "--output_dir", "{foreign}"], "is the run's own --adapter"),
+        (["--resume_from_checkpoint", "{foreign}"], "foreign is no checkpoint; give its folder, or 'latest'"),
     ],
 )
 @pytest.mark.parametrize("recipe", ["recpo", "contrastive"])
@@ -32,8 +36,11 @@ def test_what_would_fail_late_is_refused_first(recipe, words, sentence, shop_fol
     (tmp_path / "foreign" / "bundle").mkdir(parents=True)
     (tmp_path / "foreign" / "bundle" / "thesis.tex").touch()
     (tmp_path / "file").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "bundle.json").touch()
     (tmp_path / "empty.yaml").write_text("{}\n")
-    words = [word.format(foreign=tmp_path / "foreign", file=tmp_path / "file") for word in words]
+    places = {"foreign": tmp_path / "foreign", "file": tmp_path / "file", "data": shop_folder}
+    words = [word.format(**places) for word in words]
     words += ["--config", tmp_path / "empty.yaml"] if recipe == "recpo" else []
 
     def untouched(*_, **__):
@@ -42,6 +49,29 @@ def test_what_would_fail_late_is_refused_first(recipe, words, sentence, shop_fol
     with pytest.raises(UserError, match=sentence):
         base = ["--dataset", shop_folder, "--model_name_or_path", "x", "--report_to", "none", "--use_cpu"]
         launch(recipe, *base, *words, out=tmp_path / "out", patch={"load_policy": untouched})
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--reward_funcs", "fused", "nsgc"], "Unknown reward 'nsgc'"),
+        (["--reward_weights", "1", "2"], "1 reward functions, but 2 `reward_weights`"),
+        (["--reward_funcs", "{file}:asks"], "'asks' asks for 'price', which is neither a column"),
+        (["--reward_funcs", "{file}:asks_trl"], "'asks_trl' asks for 'completion', which is neither a column"),
+    ],
+)
+def test_rewards_are_looked_at_before_the_model_is_loaded(words, sentence, plan, shop_folder, tmp_path, launch):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def asks(completions, price):\n    return [0.0] * len(price)\n\n"
+        "def asks_trl(completion):\n    return [0.0] * len(completion)\n"
+    )
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    words = [*plan, *(word.format(file=file) for word in words), "--config", tmp_path / "empty.yaml", "--use_cpu"]
+    untouched = dict.fromkeys(("load_policy", "make_plan"), lambda *_, **__: pytest.fail("the model was looked at"))
+    with pytest.raises(UserError, match=sentence):
+        launch("recpo", "--dataset", shop_folder, "--model_name_or_path", "x", *words, out=tmp_path, patch=untouched)
 
 
 @pytest.mark.parametrize(
