@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # How long another rank holds its sentence back: if rank 0 fails in the same way, the launcher ends this process first.
 OTHER_RANK_DELAY = 3.0
+# Texts for which true and false are words, too
+_TRUE_OR_FALSE = ("gradient_checkpointing", "scale_rewards", "trackio_static_space_id")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -46,6 +49,17 @@ class OneKeyLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(problem=f"the key {key!r} stands twice, again in line {line}")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_plain(self, node: yaml.ScalarNode) -> Any:
+        """Numbers as they are meant: to YAML 1.1 0:0.5 is one to the base 60, and 010 an octal; here they are text."""
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            return self.construct_scalar(node)
+        kind = node.tag.rpartition(":")[2]
+        return self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    OneKeyLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", OneKeyLoader.construct_plain)
 
 
 def renamed(name: str, known: Iterable[str]) -> str:
@@ -113,9 +127,10 @@ class RecipeParser(TrlParser):
                 raise UserError(f"{self.source}: unknown key {key!r}{hint or '; --help lists every flag.'}")
             if value is None and type(None) not in get_args(hints[key]):
                 raise UserError(f"{self.source}: {key!r} cannot be null; remove the line to get the default.")
-            if isinstance(value, list) and list not in [
-                get_origin(kind) for kind in (hints[key], *get_args(hints[key]))
-            ]:
+            kinds = (hints[key], *get_args(hints[key]))
+            if isinstance(value, bool) and bool not in kinds and str in kinds and key not in _TRUE_OR_FALSE:
+                raise UserError(f"{self.source}: {key!r} takes a word, and YAML reads {value}; put it into quotes.")
+            if isinstance(value, list) and list not in [get_origin(kind) for kind in kinds]:
                 raise UserError(f"{self.source}: {key!r} takes one value, not the list {value}.")
             if isinstance(value, list) and value and actions[key].nargs == "+":
                 words += [f"--{key}", *map(str, value)]

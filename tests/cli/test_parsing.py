@@ -101,6 +101,13 @@ def test_config_values_without_a_flag_form(config):
     assert training.options in ({"use_reentrant": False}, '{"use_reentrant": false}')
 
 
+def test_numbers_of_a_config_are_what_they_look_like(config):
+    """To YAML 1.1 0:0.5 is the number 0.5 to the base 60 (the share of `--user_share`), and 010 is eight."""
+    model, training = _parse("--config", config("name: 0:0.5\nmax_steps: 010\nlimit: 12\nlearning_rate: 1.5e-4\n"))
+    assert model.name == "0:0.5" and training == Training(max_steps=10, limit=12, learning_rate=1.5e-4)
+    assert _parse("--config", config("name: 0123\n"))[0].name == "0123"
+
+
 def test_config_sets_the_environment(config, monkeypatch):
     monkeypatch.setenv("R2EC_TEST", "")
     _parse("--config", config("env: {R2EC_TEST: 3}\n"))
@@ -138,6 +145,9 @@ def test_bad_command_line_is_one_sentence(words, expected):
         ("max_steps: [1, 2]", "'max_steps' takes one value, not the list [1, 2]"),
         ("max_steps: null", "'max_steps' cannot be null"),
         ("kind: sft", "invalid choice: 'sft'"),
+        ("kind: no", "'kind' takes a word, and YAML reads False; put it into quotes"),
+        ("name: on", "'name' takes a word, and YAML reads True; put it into quotes"),
+        ("learning_rate: 1:30", "invalid float value: '1:30'"),  # 90 to YAML 1.1
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("- max_steps", "must hold `flag: value` lines, not a list"),
         ("max_steps: [", "not a YAML file"),
