@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from r2ec_trl.cli.parsing import did_you_mean, run
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 
 TRAINS = ("recpo", "contrastive")  # through `accelerate launch`; the others in this interpreter's own process
 HELP = """usage: r2ec NAME [--launch SETTINGS] ARGS
@@ -41,8 +41,13 @@ def launch_settings(name: str, folder: str) -> Path:
     file = known.get(name, Path(name))
     if not file.is_file():
         raise UserError(f"--launch {name!r} is neither a file nor one of {', '.join(sorted(known))}.")
-    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    deepspeed = settings.get("deepspeed_config", {})
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--launch {name!r} cannot be read as YAML: {first_line(error)}.") from error
+    deepspeed = settings.get("deepspeed_config") or {} if isinstance(settings, dict) else None
+    if not isinstance(deepspeed, dict):
+        raise UserError(f"--launch {name!r} holds no accelerate settings; `accelerate config` writes such a file.")
     if "deepspeed_config_file" in deepspeed and not Path(deepspeed["deepspeed_config_file"]).is_file():
         deepspeed["deepspeed_config_file"] = str(home() / deepspeed["deepspeed_config_file"])
     copy = Path(folder) / file.name
@@ -54,6 +59,8 @@ def command(words: list[str], folder: str) -> list[str]:
     """The command line that `r2ec WORDS` stands for."""
     found = recipes()
     name, rest = words[0], words[1:]
+    if rest and rest[0].startswith("--launch="):
+        rest = ["--launch", rest[0].removeprefix("--launch="), *rest[1:]]
     if name not in found:
         raise UserError(f"r2ec knows no {name!r}{did_you_mean(name, found)}; give one of {', '.join(found)}, doctor.")
     launch: list[str] = []
@@ -62,7 +69,7 @@ def command(words: list[str], folder: str) -> list[str]:
             raise UserError("--launch needs the name of accelerate settings after it, such as zero2.")
         launch, rest = ["--config_file", str(launch_settings(rest[1], folder))], rest[2:]
     if name in TRAINS or launch:
-        return [sys.executable, "-m", "accelerate.commands.launch", *launch, str(found[name]), *rest]
+        return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch, str(found[name]), *rest]
     return [sys.executable, str(found[name]), *rest]
 
 

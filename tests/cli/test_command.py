@@ -19,7 +19,8 @@ def test_every_recipe_has_a_name():
 def test_what_trains_goes_through_accelerate_and_the_rest_does_not(tmp_path):
     trained = module.command(["recpo", "--seed", "3"], str(tmp_path))
     assert trained[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert trained[3:] == [str(module.recipes()["recpo"]), "--seed", "3"]
+    assert trained[3] == "--quiet"  # the recipe's sentence is enough: no traceback of the launcher's below it
+    assert trained[4:] == [str(module.recipes()["recpo"]), "--seed", "3"]
     assert module.command(["compare", "--help"], str(tmp_path)) == [
         sys.executable,
         str(module.recipes()["compare"]),
@@ -30,8 +31,9 @@ def test_what_trains_goes_through_accelerate_and_the_rest_does_not(tmp_path):
 def test_launch_settings_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = module.command(["recpo", "--launch", "zero2", "--seed", "3"], str(tmp_path))
-    assert words[3] == "--config_file" and words[5:] == [str(module.recipes()["recpo"]), "--seed", "3"]
-    deepspeed = yaml.safe_load(Path(words[4]).read_text())["deepspeed_config"]["deepspeed_config_file"]
+    assert words == module.command(["recpo", "--launch=zero2", "--seed", "3"], str(tmp_path))
+    assert words[4] == "--config_file" and words[6:] == [str(module.recipes()["recpo"]), "--seed", "3"]
+    deepspeed = yaml.safe_load(Path(words[5]).read_text())["deepspeed_config"]["deepspeed_config_file"]
     assert Path(deepspeed).is_absolute() and Path(deepspeed).name == "zero2.json" and Path(deepspeed).is_file()
 
 
@@ -46,6 +48,25 @@ def test_launch_settings_are_found_from_anywhere(tmp_path, monkeypatch):
 def test_mistakes_are_one_sentence(words, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence.replace("?", r"\?")):
         module.command(words, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "holds no accelerate settings"),
+        ("- a", "holds no accelerate settings"),
+        ("deepspeed_config: 3", "holds no accelerate settings"),
+        ("a: [", "cannot be read as YAML"),
+        ("\x00", "cannot be read as YAML"),
+    ],
+)
+def test_launch_settings_that_are_none_are_one_sentence(text, sentence, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        module.launch_settings(str(file), str(tmp_path))
+    file.write_text("deepspeed_config:\n")
+    assert module.launch_settings(str(file), str(tmp_path)).is_file()
 
 
 def test_help_and_doctor_print(monkeypatch, capsys):
