@@ -85,6 +85,10 @@ def make_bundle(
     args: BundleArguments, policy_args: PolicyArguments, dataset: DatasetDict, card: Mapping[str, Any]
 ) -> Bundle:
     """A bundle in memory: the catalogue encoded by the model or adapter that is named, by all processes together."""
+    of_training = [one.name for one in dataclasses.fields(PolicyArguments) if one.name.startswith(("lora_", "use_"))]
+    given = _changed(args, BundleArguments(), ["selection_mask"])
+    if given := given + _changed(policy_args, PolicyArguments(), of_training):
+        raise UserError(f"--{given[0]} is of training and decides nothing here; leave it out.")
     args.category = args.category or card["category"]
     device = _device(args)
     model, tokenizer = load_policy(policy_args, trust_remote_code=args.trust_remote_code)

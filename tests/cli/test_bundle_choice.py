@@ -86,6 +86,15 @@ def test_evaluating_a_bundle_whose_catalogue_has_grown(own, shop_folder, tmp_pat
             main()
 
 
+def test_what_only_training_reads_is_refused(shop_folder, tmp_path, launch):
+    words = ["--dataset", shop_folder, "--model_name_or_path", "x"]
+    for flags in (["--lora_r", "9"], ["--use_peft", "false"], ["--lora_target_modules", "x"], ["--selection_mask"]):
+        with pytest.raises(UserError, match=f"{flags[0]} is of training and decides nothing here; leave it out"):
+            launch("recommend", *words, "--history", "i00", *flags)
+        with pytest.raises(UserError, match=f"{flags[0]} is of training"):
+            launch("evaluate", *words, *flags, out=tmp_path)
+
+
 @pytest.mark.parametrize("recipe", ["evaluate", "try_reward"])
 def test_an_item_that_the_bundle_no_longer_holds(own, shop, shop_folder, tmp_path, monkeypatch, recipe):
     gone = shop["train"]["target"][0]
