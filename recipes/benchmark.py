@@ -25,6 +25,7 @@ from benchmarks.timing import header
 from rich.console import Console
 
 from r2ec_trl.cli.parsing import did_you_mean, run
+from r2ec_trl.cli.run_start import check_writable
 from r2ec_trl.errors import UserError
 from r2ec_trl.files import write_text
 
@@ -53,8 +54,7 @@ def run_all(cases: list[str], words: list[str], where: dict[str, Any]) -> dict[s
     cases = sorted((case for case in cases if case not in _BY_HAND), key="data".__eq__)  # the longest last
     if words[:1] != ["--output"] or len(words) not in (2, 4) or words[2:3] not in ([], ["--rounds"]):
         raise UserError("--case all takes --output FOLDER, where table and picture go, and then maybe --rounds N.")
-    folder = Path(words[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = check_writable(words[1])
     results: dict[str, Any] = {}
     rows: list[tuple[str, dict[str, Any]]] = []
     for case in cases:

@@ -62,6 +62,8 @@ def named(folders: list[str], default: str | None = None) -> dict[str, list[str]
         name, equals, folder = text.partition("=")
         if not equals or "/" in name:
             name, folder = default or text, text
+        if not name or not folder:
+            raise UserError(f"{text!r} names no system or no folder; give NAME=FOLDER, or a folder.")
         if any(os.path.realpath(folder) == os.path.realpath(one) for one in systems.setdefault(name, [])):
             raise UserError(f"{folder} is given twice, and a run is no seed beside itself; give it once.")
         systems[name].append(folder)

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2ec_trl.cli.parsing import parse, run
+from r2ec_trl.cli.run_start import check_writable
 from r2ec_trl.data.demo import BRANDS, DEMO_PROMPTS, FAMILIES, STAGES, demo_items, demo_users, write_reasoning
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.answer_state import pad_right, select_answer_state
@@ -63,6 +64,8 @@ class DemoPolicyArguments:
     threads: int = field(default=1, metadata={"help": "CPU threads; another number sums in another order."})
 
     def __post_init__(self) -> None:
+        if not 0 <= self.random_items <= 600:
+            raise UserError(f"`random_items` is {self.random_items}; the shop has 600 items.")
         if len(self.habits) != 3 or min(self.habits) < 0 or abs(sum(self.habits) - 1) > 1e-6:
             raise UserError(f"`habits` are {self.habits}; give three shares that sum to 1.")
 
@@ -211,6 +214,7 @@ def main(words: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     if output.exists():
         raise UserError(f"{output} exists; remove it or choose another --output.")
+    check_writable(output.parent)
     start = time.perf_counter()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -72,6 +72,8 @@ def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
         (["--after", "{before}", "--metrics", "hit@\u00b2"], "`hit@\u00b2` is no metric"),
         (["--after", "a={before}", "a={before}"], "{before} is given twice"),
         (["--after", "a={before}", "a={before}/"], "a run is no seed beside itself"),
+        (["--after", "=x"], "'=x' names no system or no folder"),
+        (["--after", "x="], "'x=' names no system or no folder"),
         (["--after", "before={split}"], "a system 'before' as well as --before"),
     ],
 )

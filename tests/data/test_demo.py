@@ -279,6 +279,20 @@ def test_the_recipe_refuses_what_cannot_work(recipe, tmp_path):
         recipe.main(["--output", str(tmp_path)])
     with pytest.raises(UserError, match="sum to 1"):
         recipe.main(["--output", str(tmp_path / "x"), "--habits", "0.5", "0.1", "0.1"])
+    (tmp_path / "file").touch()
+    for words, sentence in {
+        ("--habits", "nan", "1", "0"): "`habits` is nan",
+        ("--steps", "0"): "`steps` is 0; it must be at least 1",
+        ("--threads", "0"): "`threads` is 0",
+        ("--random_items", "601"): "the shop has 600 items",
+        ("--contrastive_coef", "nan"): "`contrastive_coef` is nan",
+        (
+            "--output",
+            str(tmp_path / "file" / "x"),
+        ): "file' cannot be written",  # said before the training, not after it
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            recipe.main(["--output", str(tmp_path / "x"), *words])
 
 
 def test_the_demo_config_has_the_prompts_the_policy_was_made_with():

@@ -89,6 +89,17 @@ def test_check_fails_on_leakage(tmp_path, prepare_in_process):
     assert status == 2 and "is not sound: 2 train rows later than a held-out target of the same user" in text
 
 
+def test_the_papers_config_is_read_from_anywhere(tmp_path, prepare_in_process, monkeypatch):
+    """The counts that it names lie beside it, wherever the command is given."""
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[2] / "recipes" / "configs" / "data_paper.yaml"
+    words = ["--config", config, "--amazon_category", "Video_Games", "--input", tmp_path, "--output", "games"]
+    status, text = prepare_in_process(*words, "--category", "video game")
+    assert status == 2 and "has no Video_Games.csv" in text
+    status, text = prepare_in_process(*words, "--category", "video game", "--published_counts", "none.yaml")
+    assert status == 2 and "--published_counts none.yaml cannot be read" in text
+
+
 def test_published_counts_are_compared(tmp_path, prepare_in_process):
     generate_amazon(tmp_path / "raw", 3_000, 200, 90, kind="jsonl.gz")
     (tmp_path / "counts.yaml").write_text("Generated: {users: 200, items: 80, test: 100}\n")

@@ -35,6 +35,7 @@ def test_every_number_has_a_range_and_every_range_a_number():
                 numbers.add(name)
     assert numbers - set(RANGES) <= UNUSED
     elsewhere = {"k", "part_users", "port", "reward_weights", "table_refresh_steps"}  # of recipes, or lists
+    elsewhere |= {"rounds", "steps", "users", "batch_users", "threads", "contrastive_coef", "habits"}
     assert set(RANGES) - numbers <= elsewhere
 
 
