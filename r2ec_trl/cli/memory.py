@@ -105,7 +105,13 @@ class Precision:
         processes, zero_stage (`int`):
             Processes, and ZeRO's stage (0: none).
         vllm_bytes (`float`):
-            What a colocated vLLM takes for itself; rollouts then need no cache of ours.
+            What a colocated vLLM takes for itself.
+        vllm_sleeps (`bool`):
+            Whether it gives that back while the policy scores and trains.
+        own_rollouts (`bool`):
+            Whether the policy writes the rollouts itself, which takes a cache; vLLM's, here or on a server, take none.
+        table_slices (`int`):
+            Processes that share the item table out.
     """
 
     weight_bytes: int
@@ -116,6 +122,9 @@ class Precision:
     processes: int = 1
     zero_stage: int = 0
     vllm_bytes: float = 0.0
+    vllm_sleeps: bool = False
+    own_rollouts: bool = True
+    table_slices: int = 1
 
     @property
     def compute_bytes(self) -> int:
@@ -250,14 +259,15 @@ def memory_plan(shape: ModelShape, workload: Workload, precision: Precision) -> 
         max(workload.generation_rows * length, workload.num_items * workload.item_tokens),
     )
     head = size * min(LOG_PROB_TILE, tokens * shape.vocabulary) + 4 * shape.hidden * tokens
+    asleep = precision.vllm_bytes if precision.vllm_sleeps else 0.0
     parts = {
         "weights": weights / shards[2],
         "adapter": shape.adapter * precision.adapter_bytes / shards[2],
         "optimizer": trained * state / shards[0],
-        "table": 4.0 * workload.num_items * shape.hidden,
-        "vllm": precision.vllm_bytes,
+        "table": 4.0 * workload.num_items * shape.hidden / precision.table_slices,
+        "vllm": precision.vllm_bytes - asleep,
         "workspace": WORKSPACE_BYTES,
-        "generate": 0.0 if precision.vllm_bytes else _generation_bytes(shape, workload, precision),
+        "generate": _generation_bytes(shape, workload, precision) if precision.own_rollouts else asleep,
         "score": forward_tokens * forward_activations(shape, precision, length, precision.half),
         "train": kept + max(working, head) + gradients + casts,
     }

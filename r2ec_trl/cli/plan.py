@@ -40,7 +40,7 @@ from r2ec_trl.training.recpo_config import RecPOConfig
 NUM_SAMPLED = 200  # users and items whose prompts are measured
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "vllm")
 PHASES = {
-    "generate": "lower --max_completion_length or users a step, or add --use_vllm",
+    "generate": "lower --max_completion_length, users a step or --vllm_gpu_memory_utilization, or add --use_vllm",
     "score": "lower --forward_token_budget",
     "train": "lower --per_device_train_batch_size (raise --gradient_accumulation_steps), or add --load_in_4bit",
 }
@@ -191,6 +191,9 @@ def _precision(args: RecPOConfig, policy: PolicyArguments, config: Any, device_b
         processes=args.world_size,
         zero_stage=0 if deepspeed is None else deepspeed.zero_stage,
         vllm_bytes=args.vllm_gpu_memory_utilization * (device_bytes or 0.0) if colocated else 0.0,
+        vllm_sleeps=args.vllm_enable_sleep_mode,
+        own_rollouts=not args.use_vllm,
+        table_slices=args.world_size if args.slice_table else 1,
     )
 
 

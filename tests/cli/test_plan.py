@@ -202,6 +202,25 @@ def test_the_launchers_zero_stage_is_counted(tmp_path):
     assert _precision(args, PolicyArguments("x"), None, None).zero_stage == 3
 
 
+def test_who_writes_the_rollouts_and_who_holds_the_table_is_counted(tmp_path):
+    """A server's rollouts take nothing here; an engine on the same GPU takes its share of it, awake or asleep."""
+    args = RecPOConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, slice_table=True)
+    args.deepspeed_plugin = None
+
+    def found(device_bytes=1000.0, **settings):
+        for name, value in settings.items():
+            setattr(args, name, value)
+        one = _precision(args, PolicyArguments("x"), None, device_bytes)
+        return one.own_rollouts, one.vllm_bytes, one.vllm_sleeps, one.table_slices
+
+    assert found() == (True, 0.0, False, args.world_size)
+    assert found(use_vllm=True, vllm_mode="server") == (False, 0.0, False, args.world_size)
+    assert found(vllm_mode="colocate", vllm_gpu_memory_utilization=0.3, vllm_enable_sleep_mode=True)[:3] == (
+        *(False, 300.0, True),
+    )
+    assert found(slice_table=False)[3] == 1
+
+
 def test_a_model_that_does_not_fit_names_the_largest_phase(plan_of):
     plan = plan_of()
     assert plan.device_bytes is None
