@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -167,10 +168,9 @@ def shared_users(run_args: RunArguments, train: Dataset) -> Dataset:
     inside = np.flatnonzero((points >= low) & (points < high))
     if not len(inside):
         raise UserError(f"--user_share {run_args.user_share} leaves no train row; give a larger share.")
-    count = users.gather(inside).n_unique()
-    say(
-        f"Training on {len(inside)} of {len(train)} rows: {count} of {users.n_unique()} users ({run_args.user_share})."
-    )
+    if PartialState().is_main_process:
+        shared = f"{users.gather(inside).n_unique()} of {users.n_unique()} users ({run_args.user_share})"
+        say(f"Training on {len(inside)} of {len(train)} rows: {shared}.")
     return train.select(inside)
 
 

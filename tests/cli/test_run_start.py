@@ -125,6 +125,15 @@ def test_processes_agree_that_the_time_is_up(monkeypatch):
         assert control.should_training_stop is True
 
 
+def test_one_process_says_which_users_it_trains_on(shop, monkeypatch, capsys):
+    for main in (True, False):
+        monkeypatch.setattr(
+            "r2ec_trl.cli.run_start.PartialState", lambda main=main: SimpleNamespace(is_main_process=main)
+        )
+        rows_to_train(RunArguments(user_share="0:0.5"), None, shop)
+        assert ("Training on" in capsys.readouterr().out) is main
+
+
 def test_users_are_shared_out(shop):
     """Each user's rows go one way, the same in both recipes, and nobody's go both ways."""
     rows = {share: rows_to_train(RunArguments(user_share=share), None, shop) for share in ("0:1", "0:0.5", "0.5:1")}
