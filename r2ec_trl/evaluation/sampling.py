@@ -1,5 +1,6 @@
 """G sampled reasonings a user with their ranks: what a reward is tried on, and what "best of G" chooses from."""
 
+import inspect
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from r2ec_trl.evaluation.users import rank_users
 from r2ec_trl.items.encoding import make_encoder
 from r2ec_trl.items.table import ItemTable
+from r2ec_trl.policy.adapters import base_of
 from r2ec_trl.policy.answer_state import pad_right
 from r2ec_trl.policy.batching import length_sorted_batches
 from r2ec_trl.policy.generation import generate_reasoning
@@ -57,15 +59,29 @@ def log_likelihoods(
     """Log-probability (nats) of the tokens that the policy wrote, one sum a rollout; appended markers do not count."""
     sequences = [[*prompt, *rollout.ids] for prompt, rollout in zip(prompt_ids, rollouts, strict=True)]
     found = [0.0] * len(sequences)
-    batches = length_sorted_batches([len(ids) for ids in sequences], max(1, token_budget // LIKELIHOOD_SHARE))
-    for batch in track(batches, "likelihoods"):
+    short = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+    for batch in track(_logit_batches(prompt_ids, sequences, token_budget, short), "likelihoods"):
         input_ids, mask = pad_right([sequences[i] for i in batch], pad_token_id, next(model.parameters()).device)
-        logits = model(input_ids=input_ids, attention_mask=mask).logits  # (rows, length, V)
+        first = min(len(prompt_ids[i]) for i in batch) - 1 if short else 0  # the first position whose logits are read
+        only = {"logits_to_keep": input_ids.shape[1] - first} if short else {}
+        logits = model(input_ids=input_ids, attention_mask=mask, **only).logits  # (rows, length - first, V)
         for row, i in enumerate(batch):
             start, written = len(prompt_ids[i]), sum(rollouts[i].trained)
-            scores = logits[row, start - 1 : start - 1 + written].float().log_softmax(-1)
+            scores = logits[row, start - 1 - first : start - 1 - first + written].float().log_softmax(-1)
             found[i] = scores.gather(1, input_ids[row, start : start + written, None]).sum().item()
     return found
+
+
+def _logit_batches(
+    prompt_ids: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], token_budget: int, short: bool
+) -> list[list[int]]:
+    """Rows of a forward: `token_budget` tokens, logits of a share of them."""
+    batches = []
+    for batch in length_sorted_batches([len(ids) for ids in sequences], token_budget):
+        skipped = min(len(prompt_ids[i]) for i in batch) - 1 if short else 0
+        rows = max(1, token_budget // LIKELIHOOD_SHARE // (len(sequences[batch[0]]) - skipped))
+        batches += [batch[i : i + rows] for i in range(0, len(batch), rows)]
+    return batches
 
 
 @torch.no_grad()

@@ -57,11 +57,30 @@ def test_the_likeliest_of_each_user_and_the_first_among_equals():
     assert most_likely(frame) == [1, 3]
 
 
-def test_the_budget_of_a_likelihood_changes_nothing(recommender, shop):
+class AllLogits(torch.nn.Module):
+    """A model that returns the logits of every position, whatever is asked."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("budget", [8, 300, 100_000])
+@pytest.mark.parametrize("wrapper", [lambda model: model, AllLogits], ids=["last logits", "all logits"])
+def test_a_likelihood_is_that_of_a_plain_forward(recommender, shop, budget, wrapper):
     model, prompts, _ = recommender
     ids = [prompts.user_ids(user) for user in shop["test"]]
     reader = MarkerReader(prompts.tokenizer, prompts.config.marker)
     rollouts = sample_reasonings(model, reader, ids, 1, 6, 4096)
-    pad = prompts.tokenizer.pad_token_id
-    one, other = (log_likelihoods(model, ids, rollouts, pad, budget) for budget in (8, 100_000))
-    assert one == pytest.approx(other, abs=1e-4)
+    assert len({len(prompt) for prompt in ids}) > 1
+    plain = []
+    for prompt, rollout in zip(ids, rollouts, strict=True):
+        written = rollout.ids[: sum(rollout.trained)]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *written]])).logits[0].float().log_softmax(-1)
+        plain.append(sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(written)))
+    found = log_likelihoods(wrapper(model), ids, rollouts, prompts.tokenizer.pad_token_id, budget)
+    assert found == pytest.approx(plain, abs=1e-4)
