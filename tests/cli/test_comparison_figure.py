@@ -21,6 +21,10 @@ def test_a_line_a_system_and_a_panel_a_figure():
     (dot, *_), *_ = panels[0].containers[0], None
     assert dot.get_xdata().tolist() == pytest.approx([found["systems"]["better"]["unmasked"]["hit@1"]["difference"]])
     assert "start" in comparison_figure(found, "start").get_supxlabel()
+    assert [line.lines[0].get_color() for line in panels[0].containers] == [
+        "C0",
+        "C7",
+    ]  # an interval without 0, or with
 
 
 def test_one_user_decides_nothing():
@@ -31,4 +35,5 @@ def test_one_user_decides_nothing():
     assert figure["difference"] == pytest.approx(0.25) == figure["low"]
     for ends in ({}, {"low": figure["difference"] + 1e-16, "high": figure["difference"] - 1e-16}):
         figure |= ends
-        assert len(comparison_figure(found, "start").axes) == 2
+        panels = comparison_figure(found, "start").axes
+        assert [axes.containers[0].lines[0].get_color() for axes in panels] == ["C7", "C7"]

@@ -166,6 +166,14 @@ def test_the_plan_of_a_sound_run_sees_no_problem_and_counts_its_steps(plan_of, m
     assert "parameters" in (words := text.export_text()) and "no problem seen" in words and "peak" in words
 
 
+def test_what_one_process_does_in_a_step(plan_of, chat_tokenizer):
+    """8 rows a micro-batch, three of them generated at once for 6 users; a completion may end in a marker of ours."""
+    work = plan_of(gradient_accumulation_steps=3).workload
+    assert (work.rows, work.generation_rows, work.candidates, work.num_items) == (8, 24, 6, 40)
+    assert work.completion_tokens == 32 + len(chat_tokenizer("<answer>", add_special_tokens=False)["input_ids"]) > 32
+    assert plan_of(item_gradient="none").workload.candidates == plan_of(item_coef=0.0).workload.candidates == 0
+
+
 def test_auto_checkpoints_only_what_does_not_fit_without(plan_of, monkeypatch):
     sizes = {"per_device_train_batch_size": 64, "max_completion_length": 400, "steps_per_generation": 1}
     whole, saved = (plan_of(gradient_checkpointing=given, **sizes).memory["peak"] for given in (False, True))
@@ -182,6 +190,7 @@ def test_auto_checkpoints_only_what_does_not_fit_without(plan_of, monkeypatch):
         ("lower --max_prompt_length or --max_completion_length", {"max_completion_length": 2048}),
         ("fills no batch of 200 users", {"per_device_train_batch_size": 800}),
         ("All 3 steps are warm-up", {"warmup_steps": 32, "max_steps": 3}),
+        ("All 3 steps are warm-up", {"warmup_steps": 3, "max_steps": 3}),
         ("rambles at --temperature 1.5", {"temperature": 1.5}),
         ("a crash costs the whole run", {"save_strategy": "no"}),
         ("keeps no optimizer", {"save_only_model": True}),

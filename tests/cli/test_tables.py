@@ -33,6 +33,18 @@ def test_tables_show_every_figure():
     assert "new (2 seeds)" in text and "over users and seeds" in text
 
 
+def test_a_comparison_tells_the_masks_apart_and_a_small_p_from_0():
+    better = frame(rank=(1, 1, 1, 10), masked=(1, 3, 2, 10))
+    found = compare_runs([frame()], {"new": [better]}, ["hit@1"])
+    found["systems"]["new"]["unmasked"]["hit@1"] |= {"p": 0.00009, "p_holm": 0.0001}
+    lines = [
+        [word.strip() for word in line.split("│")[1:-1]] for line in text_of(comparison_table(found)).splitlines()
+    ]
+    rows = {line[0]: line[1:] for line in lines if line}
+    assert rows["Hit@1"][:2] == ["0.2500", "0.7500"] and rows["Hit@1"][3:] == ["<.0001", "0.0001"]
+    assert rows["Hit@1 masked"][:2] == ["0.2500", "0.2500"]
+
+
 def test_the_run_at_one_glance_follows_the_sign_of_the_change():
     before, after = frame(), frame(rank=(99, 99, 99, 99))
     change = compare_frames(before, after)
