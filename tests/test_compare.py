@@ -60,7 +60,10 @@ def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--after", "{other}"], "of the same users and targets"),
+        (
+            ["--after", "{other}"],
+            "{before} and {other} cannot be compared: they are not of the same users and targets",
+        ),
         (["--after", "{none}"], "holds no ranks.parquet"),
         (["--after", "{before}", "--afterr", "x"], "unknown flag '--afterr'"),
         (["--after", "{before}", "--metrics", "hit@0"], "The cutoff is 0"),
@@ -72,6 +75,7 @@ def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
         (["--after", "{before}", "--metrics", "hit@\u00b2"], "`hit@\u00b2` is no metric"),
         (["--after", "a={before}", "a={before}"], "{before} is given twice"),
         (["--after", "a={before}", "a={before}/"], "a run is no seed beside itself"),
+        (["--before", "a={before}", "--after", "before={split}"], "a system 'before' as well as --before"),
         (["--after", "=x"], "'=x' names no system or no folder"),
         (["--after", "x="], "'x=' names no system or no folder"),
         (["--after", "before={split}"], "a system 'before' as well as --before"),

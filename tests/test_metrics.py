@@ -178,3 +178,8 @@ def test_sign_flips_repeat_with_their_seed():
     differences = np.random.default_rng(0).normal(0.2, 1, 30)
     one, again, other = (sign_flip_p(differences, seed=seed) for seed in (0, 0, 1))
     assert one == again != other == pytest.approx(one, abs=0.03)
+
+
+def test_a_p_is_never_0():
+    """What was measured counts as one of the flips: of 99 draws none is as far as 60 differences of one sign."""
+    assert sign_flip_p([1.0] * 60, resamples=99) == 1 / 100

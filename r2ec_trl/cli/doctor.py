@@ -86,7 +86,7 @@ def at_hand(path: str) -> str:
     ):
         if (folder / name).is_file():
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            return f"{folder.name}: {what}, {size / 2**20:.1f} MiB"
+            return f"{folder.resolve().name}: {what}, {size / 2**20:.1f} MiB"
     raise UserError(f"{path} is no bundle, dataset folder, model or adapter; give the folder of one.")
 
 

@@ -48,6 +48,10 @@ class PolicyArguments(ModelConfig):
     def __post_init__(self) -> None:
         check_ranges(self)
         check_options(self)
+        if self.adapter is not None and not self.use_peft:
+            raise UserError(
+                "`use_peft` false trains all weights, `adapter` those of the adapter; leave one of them out."
+            )
         super().__post_init__()
 
 
@@ -103,6 +107,10 @@ def load_policy(
         [`UserError`]: for a model or adapter that cannot be read, or do not fit each other.
     """
     adapter_config = read_adapter_config(args.adapter) if args.adapter is not None else None
+    if trainable and adapter_config:
+        usual, names = vars(PolicyArguments()), ("lora_", "use_rslora", "use_dora")
+        if given := [one for one, value in vars(args).items() if one.startswith(names) and value != usual[one]]:
+            logger.warning("`%s` is of a new adapter: %s is trained on as it was saved.", given[0], args.adapter)
     name = args.model_name_or_path or (adapter_config and adapter_config.base_model_name_or_path)
     if not name:
         raise UserError("No model given; add `--model_name_or_path NAME_OR_FOLDER`.")

