@@ -183,3 +183,9 @@ def test_sign_flips_repeat_with_their_seed():
 def test_a_p_is_never_0():
     """What was measured counts as one of the flips: of 99 draws none is as far as 60 differences of one sign."""
     assert sign_flip_p([1.0] * 60, resamples=99) == 1 / 100
+
+
+def test_a_group_flips_as_one():
+    """One user's 60 rows are one draw of a sign, which decides nothing; two users of 30 give each of four results."""
+    assert sign_flip_p([1.0] * 60, groups=["u"] * 60) == 1
+    assert sign_flip_p([1.0] * 60, groups=["u", "v"] * 30) == pytest.approx(0.5, abs=0.03)

@@ -157,6 +157,7 @@ def giving(value):
         ([1.0, 2.0, 3.0], "'my_reward' returned 3 values for 2 rollouts"),
         ([1.0, float("nan")], "'my_reward' returned nan for rollout 1"),
         ([float("inf"), 1.0], "'my_reward' returned inf for rollout 0"),
+        ([1.0, -float("inf")], "'my_reward' returned -inf for rollout 1"),
         ([1.0, 1e39], "'my_reward' returned 1e\\+39 for rollout 1.*float32"),
         ([1.0, 10**400], "'my_reward' returned 10+ for rollout 1"),
         (["0.5", 1.0], "'my_reward' returned '0.5' for rollout 0"),
