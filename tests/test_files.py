@@ -280,3 +280,25 @@ def test_no_change_is_lost_between_processes_and_threads(tmp_path):
         worker.join(60)
     assert (folder / "number").read_text() == "80"
     assert names(tmp_path) == ["folder"] and names(folder) == ["number"]
+
+
+def test_what_is_written_is_on_disk_before_it_has_its_name_and_its_name_after(tmp_path, monkeypatch):
+    """After a power cut a name without its content is worse than no name."""
+    events, sync = [], os.fsync
+
+    def renaming(name):
+        inner = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *places: (events.append("named"), inner(*places))[1])
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), sync(handle)))
+    renaming("replace")
+    renaming("rename")
+    write_text(tmp_path / "text", "x")
+    place = tmp_path.stat().st_ino
+    assert events == [(tmp_path / "text").stat().st_ino, "named", place]
+    events.clear()
+    with build_folder(tmp_path / "folder") as scratch:
+        (scratch / "inner").mkdir()
+        (scratch / "inner" / "file").touch()
+    inside = {path.stat().st_ino for path in (tmp_path / "folder", *(tmp_path / "folder").rglob("*"))}
+    assert set(events[:-2]) == inside and events[-2:] == ["named", place]
