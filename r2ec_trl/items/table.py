@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from r2ec_trl.errors import UserError
+from r2ec_trl.errors import UserError, first_line
 from r2ec_trl.files import write_text, write_with
 from r2ec_trl.items.scoring import CatalogueScores, normalise, target_rank_and_logprob, top_k
 from r2ec_trl.policy.settings import SIMILARITIES
@@ -126,10 +127,19 @@ class ItemTable:
                 Rows to encode; all of them by default, and always the first time.
         """
         if indices is None or self._rows is None:
-            self._rows = self.project(encoder(self.token_ids)).to(self.device)
+            self._rows = self._encoded(encoder, range(len(self)))
         elif len(indices):
-            states = self.project(encoder([self.token_ids[row] for row in indices])).to(self.device)
-            self.put(indices, states)
+            self.put(indices, self._encoded(encoder, indices))
+
+    def _encoded(self, encoder: Encoder, indices: Sequence[int]) -> torch.Tensor:
+        """Rows as they are now, `(n, d)`; [`UserError`] for one that is no finite numbers and would fall silent."""
+        states = self.project(encoder([self.token_ids[row] for row in indices])).to(self.device)
+        if broken := (~states.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
+            raise UserError(
+                f"The model's state for item {self.item_ids[indices[broken[0]]]!r} is not finite ({len(broken):,} of "
+                f"{len(indices):,}); its weights are damaged, or overflow in float16: use `dtype` bfloat16 or float32."
+            )
+        return states
 
     def clear(self) -> None:
         """Forget the rows: the next [`~ItemTable.refresh`] encodes all of them."""
@@ -209,10 +219,16 @@ class ItemTable:
         for name in ("item_table.json", "item_table.safetensors"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder} holds no item table ({name}); encode the catalogue and save it.")
-        meta = json.loads((folder / "item_table.json").read_text())
-        if meta["text_hash"] != self.text_hash or meta["similarity"] != self.similarity:
+        try:
+            meta = json.loads((folder / "item_table.json").read_text())
+            same = meta["text_hash"] == self.text_hash and meta["similarity"] == self.similarity
+            rows, following = load_file(folder / "item_table.safetensors")["rows"], int(meta.get("next_row", 0))
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"The item table in {folder} is damaged ({first_line(error)}); encode it anew.") from error
+        if not same:
             raise UserError(
                 f"The item table in {folder} belongs to another catalogue, prompt or similarity; encode it anew."
             )
-        self._rows = load_file(folder / "item_table.safetensors")["rows"].to(self.device)
-        self._next = meta.get("next_row", 0)
+        if len(rows) != len(self) or not rows.isfinite().all() or not 0 <= following < len(self):
+            raise UserError(f"The item table in {folder} is damaged (its rows); encode it anew.")
+        self._rows, self._next = rows.to(self.device), following

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from safetensors.torch import save
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.items.encoding import make_encoder, make_table
@@ -172,3 +173,39 @@ def test_bf16_model_gives_fp32_rows_and_batching_changes_nothing(tiny_model, sho
     table.refresh(make_encoder(model.bfloat16(), prompts, token_budget=16_384))
     assert table.rows.dtype == torch.float32
     assert torch.cosine_similarity(table.rows, whole).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("item_table.json", b"{"),
+        ("item_table.json", b"{}"),
+        ("item_table.json", b"[]"),
+        ("item_table.safetensors", b"123"),
+        ("item_table.safetensors", save({"rows": torch.ones(3, 2)})),
+        ("item_table.safetensors", save({"rows": torch.full((4, 2), torch.nan)})),
+    ],
+)
+def test_a_damaged_table_is_one_sentence(small, tmp_path, name, content):
+    small.refresh(counting_encoder(0.0))
+    small.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    fresh = ItemTable(small.item_ids, small.token_ids, small.similarity)
+    with pytest.raises(UserError, match="The item table in .* is damaged .*; encode it anew"):
+        fresh.load(tmp_path)
+    assert fresh.is_empty
+
+
+def test_a_row_that_is_not_finite_is_named(small):
+    """It would never be recommended, and stand before every target."""
+
+    def encoder(sequences):
+        return torch.tensor([[1.0, torch.inf if ids[0] == 3 else 0.0] for ids in sequences])
+
+    for table in (small, ItemTable(small.item_ids, small.token_ids)):
+        with pytest.raises(UserError, match="state for item 'c' is not finite .1 of 4.; .*bfloat16"):
+            table.refresh(encoder)
+        table.refresh(counting_encoder(0.0))
+        with pytest.raises(UserError, match="state for item 'c' is not finite .1 of 2."):
+            table.refresh(encoder, [3, 2])
+        assert table.rows.isfinite().all()
