@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import importlib.util
 import json
@@ -158,10 +159,11 @@ def _check_adapter(
     if len(model.active_adapters) != 1:
         raise UserError(f"vLLM follows one adapter, but {model.active_adapters} are active; train one.")
     config = model.peft_config[model.active_adapters[0]]
-    if config.modules_to_save or getattr(config, "trainable_token_indices", None):
+    beside = ("modules_to_save", "trainable_token_indices", "target_parameters")
+    if any(getattr(config, name, None) for name in beside):
         raise UserError(
             "vLLM cannot follow whole modules trained beside the adapter (`modules_to_save`, "
-            "`trainable_token_indices`); leave them out, or `--use_vllm`."
+            "`trainable_token_indices`), nor one on experts (`target_parameters`); leave them out, or `--use_vllm`."
         )
     if hot_load and (reason := adapter_refusal(config)):
         raise UserError(f"vLLM cannot hot-load {reason}; {way_out}.")
@@ -229,7 +231,7 @@ def check_server(base_url: str, model_name: str, needed_length: int, wait: float
     deadline = time.monotonic() + wait
     while True:
         try:
-            models = _get_json(f"{base_url}/v1/models")["data"]
+            served = dict(_get_json(f"{base_url}/v1/models")["data"][0])
             break
         except (OSError, TimeoutError) as error:  # urllib's errors are OSErrors
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
@@ -241,9 +243,8 @@ def check_server(base_url: str, model_name: str, needed_length: int, wait: float
                 ) from error
             logger.info("Waiting for the vLLM server at %s.", base_url)
             time.sleep(RETRY_INTERVAL)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, http.client.HTTPException) as error:
             raise _no_server(base_url) from error
-    served = models[0]
     names = {str(served.get("id")), str(served.get("root"))}
     if _last_word(model_name) not in {_last_word(name) for name in names}:
         raise UserError(

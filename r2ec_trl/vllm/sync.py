@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -260,6 +260,10 @@ class AdapterSync(MergedSync):
 
     version = 0
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.run = uuid.uuid4().hex  # a server keeps an earlier run's; in a container every run has one process id
+        super().__init__(*args, **kwargs)
+
     def _engine_options(self) -> dict[str, Any]:
         config = self.model.peft_config[self.model.active_adapters[0]]
         return {**super()._engine_options(), "enable_lora": True, "max_lora_rank": kernel_rank(config.r)}
@@ -297,7 +301,7 @@ class AdapterSync(MergedSync):
 
     def _load_on_server(self, folder: Path) -> None:
         client, before = self.vllm_client, self.vllm_client.model
-        name = f"policy-{os.getpid()}-{self.version}"
+        name = f"policy-{self.run}-{self.version}"
         self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         client.model = name
         if self.version > 1:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -166,6 +167,10 @@ def test_whole_modules_beside_the_adapter(settings, tiny_model):
             vllm_guards.check_model(policy(tiny_model, modules_to_save=["lm_head"]), args)
         with pytest.raises(UserError, match="trainable_token_indices"):
             vllm_guards.check_model(policy(tiny_model, trainable_token_indices={"embed_tokens": [1]}), args)
+        experts = policy(tiny_model)
+        experts.peft_config["default"].target_parameters = ["mlp.experts.gate_up_proj"]
+        with pytest.raises(UserError, match="nor one on experts .`target_parameters`"):
+            vllm_guards.check_model(experts, args)
         vllm_guards.check_model(policy(tiny_model), args)
 
 
@@ -271,10 +276,21 @@ def test_a_server_that_is_still_starting_is_waited_for(stub_server, monkeypatch)
     check(url, wait=5.0)
 
 
-@pytest.mark.parametrize("answers", [{}, {"/v1/models": (200, b"<html>")}, {"/v1/models": (200, {"hello": 1})}])
+@pytest.mark.parametrize(
+    "answers",
+    [{}, *({"/v1/models": (200, body)} for body in (b"<html>", {"hello": 1}, {"data": []}, {"data": ["x"]}))],
+)
 def test_something_else_at_the_address(stub_server, answers):
     with pytest.raises(UserError, match="is no vLLM server; correct `--vllm_server_base_url`"):
         check(stub_server(answers), wait=60.0)
+
+
+def test_a_server_of_another_protocol_at_the_address():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        threading.Thread(target=lambda: listening.accept()[0].send(b"SSH-2.0-OpenSSH\r\n"), daemon=True).start()
+        with pytest.raises(UserError, match="is no vLLM server"):
+            check(address, wait=60.0)
 
 
 def test_the_wrong_model_on_the_server(stub_server):

@@ -195,6 +195,10 @@ def test_a_server_gets_each_adapter_under_its_own_name(tiny_model, sync_of):
         assert not os.path.exists(folder) and folder.startswith("/dev/shm")
         assert client.model.endswith(f"-{step + 1}")
     names = [name for action, name in client.posts if action == "load_lora_adapter"]
+    later = sync_of(policy, AdapterSync, mode="server")  # another run, whose process has the same number
+    later.vllm_client = other = Client()
+    later.sync_weights()
+    assert other.posts[0][1] not in names
     assert len(set(names)) == len({folder for folder, _ in client.adapters}) == 3
     assert [name for action, name in client.posts if action == "unload_lora_adapter"] == names[:2]
     assert 1 <= sync.sync_bytes / sum(tensor.nbytes for tensor in state.values()) < 1.2  # and a header
