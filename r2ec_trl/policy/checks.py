@@ -85,7 +85,11 @@ def fit_targets(targets: Sequence[str] | str | None, model: torch.nn.Module) -> 
     """
     own, kind = linear_names(model), type(model).__name__
     if isinstance(targets, str):
-        if targets != "all-linear" and not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
+        try:
+            found = targets == "all-linear" or any(re.fullmatch(targets, name) for name, _ in model.named_modules())
+        except re.error as error:
+            raise UserError(f"`lora_target_modules` {targets!r} is no regular expression ({error}).") from error
+        if not found:
             raise UserError(f"`lora_target_modules` {targets!r} matches no module of {kind}; it has {', '.join(own)}.")
         return targets, None
     absent = absent_targets(targets, model) if targets else list(PROJECTIONS)
@@ -142,7 +146,8 @@ def check_start(
     model: Any, prompts: Prompts, item_ids: Sequence[Sequence[int]], completion: int | None, trains: bool = False
 ) -> None:
     """
-    All that is asked of a model before it is used: positions for every prompt, and [`check_policy`].
+    All that is asked of a model before it is used: positions for every prompt, a vocabulary with
+    all of the items' tokens, and [`check_policy`].
 
     Args:
         model, prompts, trains:
@@ -156,6 +161,12 @@ def check_start(
     cures = "`max_prompt_length` or `max_completion_length`" if completion else "`max_prompt_length`"
     check_length(model.config, user, "A user prompt and its reasoning", cures)
     check_length(model.config, max(map(len, item_ids), default=0), "Item prompts", "`max_item_length`")
+    known, largest = getattr(model.config.get_text_config(), "vocab_size", None), max(map(max, item_ids), default=0)
+    if known is not None and largest >= known:
+        raise UserError(
+            f"The tokenizer writes {prompts.tokenizer.convert_ids_to_tokens(largest)!r} as token {largest}, but the "
+            f"model knows {known}; give the tokenizer that belongs to it, or resize its embeddings."
+        )
     check_policy(model, prompts, generates=completion is not None, trains=trains)
 
 
@@ -195,7 +206,10 @@ def check_policy(model: Any, prompts: Prompts, generates: bool, trains: bool = F
         alone = torch.cat([encode_states(model, [ids], pad) for ids in pair])
         apart = _apart(states, alone)
         if generates:
-            apart = max(apart, _apart(_next_scores(model, pair, pad), _next_scores(model, pair[1:], pad)))
+            scores = _next_scores(model, pair, pad)
+            if scores.isnan().any():
+                raise UserError(f"The token scores of {kind} hold NaN; its LM head is damaged or overflows.")
+            apart = max(apart, _apart(scores, _next_scores(model, pair[1:], pad)))
         if apart > tolerance:
             raise UserError(
                 f"{kind} does not leave padding out of account: in a batch it answers otherwise than for a user alone "

@@ -1,5 +1,6 @@
 """What is asked of a model at the start: the right answer, or one sentence."""
 
+import copy
 import json
 import logging
 import shutil
@@ -65,6 +66,8 @@ def test_named_targets_are_told_apart(caplog):
     assert fit_targets("all-linear", opt()) == ("all-linear", None)
     with pytest.raises(UserError, match="'w.*x' matches no module"):
         fit_targets("w.*x", opt())
+    with pytest.raises(UserError, match="'.*_proj' is no regular expression .nothing to repeat"):
+        fit_targets("*_proj", opt())
 
 
 def test_target_parameters_reach_the_adapter():
@@ -228,3 +231,20 @@ def test_a_bundle_trusts_no_code_by_default(written, monkeypatch):
     Bundle.load(written)
     assert asked == [False]
     assert not BundleArguments.trust_remote_code and not ContrastiveConfig.trust_remote_code
+
+
+def test_a_damaged_head_is_seen_before_training(tiny_model, make_trainer):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(UserError, match="token scores of LlamaForCausalLM hold NaN; its LM head"):
+        make_trainer(model=model)
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused_at_the_start(tiny_model, make_trainer, chat_tokenizer):
+    """The word stands in titles, so the first short prompt does not show it."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.add_tokens(["guitar strings"])
+    known = len(chat_tokenizer)
+    with pytest.raises(UserError, match=f"writes 'guitar strings' as token {known}, but the model knows {known}; "):
+        make_trainer(model=tiny_model("llama"), tokenizer=tokenizer)
