@@ -96,6 +96,7 @@ def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, tra
     misfit = f"The adapter {adapter!r} does not fit the model {name!r}: "
     shapes = _tensor_shapes(folder / WEIGHTS_FILE, adapter)
     config.base_model_name_or_path = model.config._name_or_path
+    changed = _changed_weights(folder / WEIGHTS_FILE, model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing and mismatched tensors, which are errors below
@@ -126,6 +127,11 @@ def attach_adapter(model: PreTrainedModel, adapter: str, config: PeftConfig, tra
     for key in sorted(shapes.keys() & expected.keys()):
         if shapes[key] != expected[key]:
             raise UserError(f"{misfit}{_shape_sentence(key, shapes[key], expected[key])}")
+    if surplus := sorted(changed - expected.keys()):
+        raise UserError(
+            f"{misfit}the file holds {surplus[0]}, and the model has others there (a vocabulary that was resized?); "
+            "name the base with those weights."
+        )
     for found, what in (
         (loaded.missing_keys, "the file lacks {} of the tensors that the settings and the model ask for, such as {}"),
         (loaded.unexpected_keys, "the file holds {} tensors that the model has no place for, such as {}"),
@@ -144,6 +150,19 @@ def _tensor_shapes(file: Path, adapter: str) -> dict[str, tuple[int, ...]]:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"The adapter {adapter!r}: {WEIGHTS_FILE} is damaged: {reason_of(error)}") from error
+
+
+def _changed_weights(file: Path, model: torch.nn.Module) -> set[str]:
+    """Keys of whole weights in the file, as PEFT adds embeddings, which are not those of the base."""
+    own, prefix = dict(model.named_parameters()), "base_model.model."
+    with safe_open(file, framework="pt") as tensors:
+        whole = {key: own[key.removeprefix(prefix)] for key in tensors.keys() if key.removeprefix(prefix) in own}
+        return {key for key, weight in whole.items() if not _equal(tensors.get_tensor(key), weight.detach().cpu())}
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """But for the rounding of another dtype."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=2**-7, atol=1e-5)
 
 
 def _check_values(tensor: torch.Tensor, name: str) -> None:

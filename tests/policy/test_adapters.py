@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import evaluate_users, summarise_users
 from r2ec_trl.items.encoding import make_encoder, make_table
+from r2ec_trl.policy import loading
 from r2ec_trl.policy.answer_state import add_answer_state
 from r2ec_trl.policy.loading import PROJECTIONS, PolicyArguments, load_policy
 from r2ec_trl.policy.prompts import PromptConfig, Prompts
@@ -240,15 +242,15 @@ def test_no_such_adapter(tiny_model_folder):
         (lambda tensor: tensor.bool(), "holds bool; weights"),
     ],
 )
-def test_weights_that_are_no_weights_are_refused_by_name(released, tiny_model_folder, spoil, sentence):
-    weights = load_file(released / "adapter_model.safetensors")
-    key = sorted(weights)[3]
-    save_file({**weights, key: spoil(weights[key])}, released / "adapter_model.safetensors")
+def test_weights_that_are_no_weights_are_refused_by_name(broken, tiny_model_folder, spoil, sentence):
+    key = f"base_model.model.model.layers.0.{SIDES['k_proj'][0]}.k_proj.lora_B.weight"
+    adapter = broken(tensors=lambda weights: {**weights, key: spoil(weights[key])})
     with pytest.raises(UserError, match=f"{key} of adapter_model.safetensors {sentence}"):
-        load(released, tiny_model_folder("gemma2"))
+        load(adapter, tiny_model_folder("gemma2"))
 
 
-def test_settings_of_another_type_are_one_sentence_or_change_nothing(released, tiny_model_folder):
+def test_settings_of_another_type_are_one_sentence_or_change_nothing(broken, tiny_model_folder):
+    released = broken()
     file = released / "adapter_config.json"
     settings = json.loads(file.read_text())
     names = ("r", "lora_alpha", "target_modules", "peft_type", "rank_pattern", "alpha_pattern", "bias", "task_type")
@@ -262,3 +264,29 @@ def test_settings_of_another_type_are_one_sentence_or_change_nothing(released, t
                 refused += 1
                 assert "\n" not in str(error), (name, value)
     assert refused >= 20
+
+
+def test_an_embedding_in_the_file_that_is_not_the_base_s_is_refused(broken, tiny_model_folder):
+    """PEFT passes over one of another size, and puts one of the same size into the base, where no bundle keeps it."""
+    key, folder = "base_model.model.model.embed_tokens.weight", tiny_model_folder("gemma2")
+    own = load_file(Path(folder) / "model.safetensors")["model.embed_tokens.weight"]
+    for embedding in (torch.cat([own, own[:8]]), own + 0.1):
+        adapter = broken(tensors=lambda tensors: {**tensors, key: embedding})
+        with pytest.raises(
+            UserError, match="holds base_model.model.model.embed_tokens.weight, and the model has othe"
+        ):
+            load(adapter, folder)
+        shutil.rmtree(adapter)
+    load(broken(tensors=lambda tensors: {**tensors, key: own.bfloat16()}), folder)  # the same, in another dtype
+
+
+def test_a_base_that_the_adapter_names_is_read_at_the_revision_it_names(broken, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        loading, "_from_pretrained", lambda args, name, *rest: seen.append(args.model_revision) or 1 / 0
+    )
+    adapter = broken(config={"base_model_name_or_path": "org/base", "revision": "v2"})
+    for base in (None, "org/other"):
+        with pytest.raises(ZeroDivisionError):
+            load(adapter, base)
+    assert seen == ["v2", "main"]
