@@ -36,7 +36,8 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer without a chat template the built-in plain one, said once; pad with EOS where no pad is set."""
     if tokenizer.chat_template is None:
         logger.warning("The tokenizer has no chat template: using the plain 'User: … Assistant: …' one.")
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        starts = [tokenizer.bos_token_id] == tokenizer("x")["input_ids"][:1]  # a model that never met text without it
+        tokenizer.chat_template = "{{ bos_token }}" * starts + PLAIN_CHAT_TEMPLATE
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError("The tokenizer has neither a pad nor an end-of-sequence token; set its `eos_token`.")

@@ -7,6 +7,7 @@ import time
 import pytest
 import transformers.utils.chat_template_utils as rendering
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.chat import PLAIN_CHAT_TEMPLATE, Chat, ensure_chat_template, pin_clock
@@ -184,3 +185,14 @@ def test_a_tokenizer_without_pad_gets_its_end_token(tokenizer):
     assert one.pad_token == "<eos>"
     with pytest.raises(UserError, match="neither a pad nor an end-of-sequence token"):
         ensure_chat_template(tokenizer(pad_token=None, eos_token=None))
+
+
+def test_the_plain_template_starts_as_the_tokenizer_does(plain_tokenizer):
+    """Llama and Gemma never met text without its first token; GPT-2 has one and does not write it."""
+    for starts in (True, False):
+        backend = copy.deepcopy(plain_tokenizer.backend_tokenizer)
+        if starts:
+            backend.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+        tokenizer = type(plain_tokenizer)(tokenizer_object=backend, eos_token="<eos>", bos_token="<pad>")
+        chat = Chat(tokenizer, "2024-02-03")
+        assert (chat.ids(chat.messages("x"))[0] == 0) == starts and chat.ids(chat.messages("x")).count(0) == starts
