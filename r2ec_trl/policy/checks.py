@@ -209,7 +209,14 @@ def check_policy(model: Any, prompts: Prompts, generates: bool, trains: bool = F
             scores = _next_scores(model, pair, pad)
             if scores.isnan().any():
                 raise UserError(f"The token scores of {kind} hold NaN; its LM head is damaged or overflows.")
-            apart = max(apart, _apart(scores, _next_scores(model, pair[1:], pad)))
+            shorter = _next_scores(model, pair[1:], pad)
+            apart = max(apart, _apart(scores, shorter))
+            whole = model(input_ids=torch.tensor(pair[:1], device=model.device)).logits[:, len(pair[1]) - 1].float()
+            if (ahead := _apart(whole, shorter)) > tolerance:
+                raise UserError(
+                    f"{kind} sees the tokens that come after one ({ahead:.1%} apart), so nothing it writes has a "
+                    "probability; use a causal language model, or set `is_decoder` in its config.json."
+                )
         if apart > tolerance:
             raise UserError(
                 f"{kind} does not leave padding out of account: in a batch it answers otherwise than for a user alone "

@@ -1,6 +1,6 @@
 """The policy as every recipe loads it: base model, tokenizer, saved adapter."""
 
-import dataclasses
+import copy
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +114,8 @@ def load_policy(
             logger.warning("`%s` is of a new adapter: %s is trained on as it was saved.", given[0], args.adapter)
     name = args.model_name_or_path or (adapter_config and adapter_config.base_model_name_or_path)
     if adapter_config and adapter_config.revision and not args.model_name_or_path:
-        args = dataclasses.replace(args, model_revision=adapter_config.revision)
+        args = copy.copy(args)
+        args.model_revision = adapter_config.revision
     if not name:
         raise UserError("No model given; add `--model_name_or_path NAME_OR_FOLDER`.")
     name = str(DEMO_POLICY) if name == DEMO else name

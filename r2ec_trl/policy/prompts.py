@@ -1,10 +1,12 @@
 """User and item prompts (paper §3): whole oldest purchases are cut, never the instruction or the marker."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -167,15 +169,19 @@ class Prompts:
         name = f"User {example.get('user_id', '?')}"
         lines = self._purchase_lines(example)[-self.config.max_history_items :]
         lines = lines or [self.config.no_history]
-        for start in range(len(lines)):
-            messages, ids = self._turn(self.config.user_template, lines[start:], name)
-            if len(ids) <= self.config.max_prompt_length:
-                self.longest_user = max(self.longest_user, len(ids))
-                return messages, ids
-        raise UserError(
-            f"{name}: the instruction and the newest purchase take {len(ids)} tokens; raise `max_prompt_length` "
-            f"({self.config.max_prompt_length})."
-        )
+        most = self.config.max_prompt_length
+        turn = functools.cache(lambda start: self._turn(self.config.user_template, lines[start:], name))
+        start = 0
+        if len(turn(0)[1]) > most:  # by halves: a long history is not tokenised once a purchase
+            start = bisect_left(range(len(lines) - 1), True, key=lambda at: len(turn(at)[1]) <= most)
+        messages, ids = turn(start)
+        if len(ids) > most:
+            raise UserError(
+                f"{name}: the instruction and the newest purchase take {len(ids)} tokens; raise `max_prompt_length` "
+                f"({most})."
+            )
+        self.longest_user = max(self.longest_user, len(ids))
+        return messages, ids
 
     def item_ids(self, item: Mapping[str, Any]) -> list[int]:
         """

@@ -270,7 +270,8 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
 def _why_not_shared(model: PreTrainedModel) -> str | None:
     config, name = model.config.get_text_config(), type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])  # GPT-Neo's
+    kinds -= {"full_attention", "sliding_attention", "global"}
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters or getattr(config, "alibi", False):
         return f"{name} takes no positions"
     if kinds or getattr(model, "_is_stateful", False):

@@ -1,5 +1,6 @@
 """What is asked of a model at the start: the right answer, or one sentence."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -12,9 +13,18 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from r2ec_trl.errors import UserError
+from r2ec_trl.policy.answer_state import add_answer_state
 from r2ec_trl.policy.batching import check_length, positions_of
-from r2ec_trl.policy.checks import PROJECTIONS, check_no_hub_code, fit_adapter, fit_targets, switch_dropout_off
+from r2ec_trl.policy.checks import (
+    PROJECTIONS,
+    check_no_hub_code,
+    check_policy,
+    fit_adapter,
+    fit_targets,
+    switch_dropout_off,
+)
 from r2ec_trl.policy.loading import PolicyArguments, load_policy, peft_config
+from r2ec_trl.policy.prompts import PromptConfig, Prompts
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 400}
 PHI3 = {**TINY, "intermediate_size": 64, "original_max_position_embeddings": 2048, "pad_token_id": 0}
@@ -248,3 +258,17 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused_at_the_start(tiny
     known = len(chat_tokenizer)
     with pytest.raises(UserError, match=f"writes 'guitar strings' as token {known}, but the model knows {known}; "):
         make_trainer(model=tiny_model("llama"), tokenizer=tokenizer)
+
+
+def test_a_model_that_sees_what_comes_after_is_no_policy(chat_tokenizer, shop):
+    """An encoder, which transformers loads as a language model: its log-probabilities would know the next token."""
+    config = {**TINY, "intermediate_size": 64, "initializer_range": 0.2}
+    prompts = Prompts(chat_tokenizer, PromptConfig(), shop["items"])
+    for is_decoder in (True, False):
+        model = tf.AutoModelForCausalLM.from_config(tf.BertConfig(is_decoder=is_decoder, **config)).eval()
+        add_answer_state(model)
+        check_policy(model, prompts, generates=False)
+        with (
+            contextlib.nullcontext() if is_decoder else pytest.raises(UserError, match="BertLMHeadModel sees the tok")
+        ):
+            check_policy(model, prompts, generates=True)

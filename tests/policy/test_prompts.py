@@ -100,6 +100,17 @@ def test_only_whole_oldest_purchases_are_cut(make_prompts):
     assert shown[0] == 30 and shown[-1] == 1 and shown == sorted(shown, reverse=True)
 
 
+def test_a_long_history_is_cut_by_halves(make_prompts, monkeypatch):
+    """Were the oldest purchases dropped one by one, a user of a thousand would be tokenised hundreds of times."""
+    prompts = make_prompts(max_history_items=1000, max_prompt_length=100, **SHORT)
+    made, ids = [], prompts.chat.ids
+    monkeypatch.setattr(prompts.chat, "ids", lambda messages: made.append(0) or ids(messages))
+    kept = text(prompts, user(history=["i00", "i01"] * 500)).count("- [")
+    assert 1 < kept < 20 and len(made) < 15
+    longer = make_prompts(max_history_items=kept + 1, **SHORT)
+    assert len(longer.user_ids(user(history=["i00", "i01"] * 500))) > 100
+
+
 def test_a_prompt_that_cannot_hold_the_newest_purchase_is_an_error(make_prompts):
     with pytest.raises(UserError, match="User u: the instruction and the newest purchase take .* `max_prompt_length`"):
         make_prompts(max_prompt_length=20).user_ids(user())

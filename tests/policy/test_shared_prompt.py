@@ -191,6 +191,7 @@ def test_batches_keep_groups_whole_and_the_budget():
         ("bloom", {"n_layer": 2, "n_head": 2}, "positions"),
         ("falcon", {"alibi": True, "multi_query": True}, "positions"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of another kind"),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 16}, "layers of another kind"),
     ],
 )
 def test_models_that_cannot_fall_back_and_say_so_once(family, overrides, reason, caplog):
