@@ -53,6 +53,10 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         raise UserError(
             f"The adapter {adapter!r}: {CONFIG_FILE} says `peft_type` {config.peft_type}; give a LoRA one."
         )
+    if not (isinstance(config.lora_alpha, (int, float)) and 0 < config.lora_alpha < float("inf")):
+        raise UserError(
+            f"The adapter {adapter!r}: {CONFIG_FILE} says `lora_alpha` {config.lora_alpha!r}; it is a number above 0."
+        )
     return config
 
 

@@ -82,6 +82,9 @@ class Chat:
         self.kwargs: dict[str, Any] = {"date_string": today.strftime("%d %b %Y"), **(options or {})}
         if taken := set(options or {}) & {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}:
             raise UserError(f"`chat_template_kwargs` sets {sorted(taken)[0]!r}, which is not the user's to set.")
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise UserError(f"The tokenizer has chat templates for {names} and no default; set its `chat_template`.")
         self.template = pin_clock(str(tokenizer.get_chat_template()), today, json.dumps(self.kwargs))
         check_bounds(self.template, functools.partial(self._probe, "\n".join(PROBE * PROBE_LINES)))
         self.as_parts = self._needs_parts()

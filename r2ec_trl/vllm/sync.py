@@ -20,6 +20,7 @@ from trl.trainer import grpo_trainer
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.adapters import is_packed
+from r2ec_trl.policy.batching import positions_of
 from r2ec_trl.policy.rollouts import MarkerReader, Rollout
 from r2ec_trl.vllm.engine import adapter_folder, base_revision, marker_stop, use_adapter
 from r2ec_trl.vllm.guards import check_installed, check_model, check_server, check_settings, kernel_rank
@@ -109,7 +110,7 @@ class MergedSync(VLLMGeneration):
 
     # ------------------------------------------------------------------ set-up
     def _init_vllm(self) -> None:
-        check_settings(self.settings, getattr(self.model.config, "max_position_embeddings", None))
+        check_settings(self.settings, positions_of(self.model.config))
         check_model(self.model, self.settings)
         if self.mode == "colocate":
             with _replaced(vllm_generation, "LLM", functools.partial(_engine, self._engine_options())):

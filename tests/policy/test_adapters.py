@@ -218,6 +218,12 @@ def test_an_unreadable_config_is_one_sentence(broken, tiny_model_folder, text):
         load(folder, tiny_model_folder("gemma2"))
 
 
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), None, "8"])
+def test_an_adapter_that_would_do_nothing_or_harm_is_refused(broken, tiny_model_folder, alpha):
+    with pytest.raises(UserError, match="adapter_config.json says `lora_alpha` .*; it is a number above 0"):
+        load(broken(config={"lora_alpha": alpha}), tiny_model_folder("gemma2"))
+
+
 def test_damaged_tensors_are_one_sentence(broken, tiny_model_folder):
     folder = broken()
     file = folder / "adapter_model.safetensors"

@@ -196,3 +196,12 @@ def test_the_plain_template_starts_as_the_tokenizer_does(plain_tokenizer):
         tokenizer = type(plain_tokenizer)(tokenizer_object=backend, eos_token="<eos>", bos_token="<pad>")
         chat = Chat(tokenizer, "2024-02-03")
         assert (chat.ids(chat.messages("x"))[0] == 0) == starts and chat.ids(chat.messages("x")).count(0) == starts
+
+
+def test_of_several_templates_the_default_is_taken(tokenizer):
+    several = tokenizer()
+    several.chat_template = {"default": PLAIN_CHAT_TEMPLATE, "tools": "x"}
+    assert Chat(several, "2024-02-03").template == PLAIN_CHAT_TEMPLATE
+    several.chat_template = {"tools": "x", "rag": "y"}
+    with pytest.raises(UserError, match="has chat templates for rag, tools and no default; set its `chat_template`"):
+        Chat(several, "2024-02-03")

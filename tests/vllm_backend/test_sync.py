@@ -19,6 +19,8 @@ from r2ec_trl.policy.rollouts import MarkerReader
 from r2ec_trl.vllm.engine import use_adapter
 from r2ec_trl.vllm.sync import AdapterSync, MergedSync
 
+INIT_VLLM = MergedSync._init_vllm  # which the fixture replaces
+
 
 @pytest.fixture
 def sync_of(monkeypatch):
@@ -306,3 +308,12 @@ def test_an_adapter_that_is_loaded_answers_from_here_on_and_no_prefix_is_remembe
     use_adapter(llm, "adapter 2")
     llm.generate("x")
     assert calls == [("loaded", "adapter 2"), "prefixes forgotten", ("x", "adapter 2")]
+
+
+def test_an_engine_has_the_positions_that_the_policy_has(tiny_model, monkeypatch, sync_of):
+    """Scaled ones included: the other guards take as many."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 1e4}
+    sync = sync_of(tiny_model("qwen2", max_position_embeddings=100, rope_parameters=yarn))
+    monkeypatch.setattr("r2ec_trl.vllm.sync.check_settings", lambda settings, length: length == 400 and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        INIT_VLLM(sync)
