@@ -32,7 +32,8 @@ def packed_layers(model: torch.nn.Module, rows: int, steps: int) -> Iterator[Non
     layers = [layer for layer in model.modules() if layer not in inner or isinstance(layer, lora.LoraLayer)]
     layers = [layer for layer in layers if _can_be_packed(layer)]
     size = sum(_base(layer).weight.nbytes for layer in layers)
-    if rows < PACKED_ROWS or steps < PACKED_STEPS or size > PACKED_BYTES:
+    autocast = torch.is_autocast_enabled("cpu")  # inputs in 16 bits then, as the layers would take them
+    if autocast or rows < PACKED_ROWS or steps < PACKED_STEPS or size > PACKED_BYTES:
         layers = []
     try:
         for layer in layers:

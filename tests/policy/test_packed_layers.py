@@ -75,3 +75,13 @@ def test_an_adapter_that_is_merged_is_not_added_again(tiny_model):
     plain = model(IDS).logits
     with packed(model, 4, 8):
         assert torch.allclose(model(IDS).logits, plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_autocast_is_left_to_the_layers(tiny_model):
+    """`--bf16` with a float32 checkpoint: what comes in has 16 bits."""
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(IDS).logits
+        with packed(model, 4, 8):
+            assert not replaced(model) and torch.equal(model(IDS).logits, plain)
