@@ -174,7 +174,9 @@ def test_what_all_sequences_start_with_is_computed_once(tiny_model, model_family
         states = encode_states(model, sequences, 0)
         assert shapes == [(1, 20), (6, 14)]
         alone = torch.cat([encode_states(model, [sequence], 0) for sequence in sequences])
+        batched = encode_states(model, sequences, 0, token_budget=28)  # each batch goes on from the start as it was
         same = encode_states(model, [start] * 4, 0)  # one token of each is left to read
+    assert (6, 14) in shapes and (2, 14) in shapes and (batched - alone).abs().max() < 1e-5
     assert (states - alone).abs().max() < 1e-5
     assert shapes[-2:] == [(1, 19), (4, 1)] and (same[0] - same[3]).abs().max() < 1e-5
     shapes.clear()
@@ -185,3 +187,10 @@ def test_what_all_sequences_start_with_is_computed_once(tiny_model, model_family
     with torch.no_grad():
         checkpointed = encode_states(model, sequences, 0)
     assert shapes[1:] == [(6, 34)] and (checkpointed - alone).abs().max() < 1e-5
+
+
+def test_a_second_call_can_only_switch_sharing_off(tiny_model):
+    model = tiny_model("llama")
+    for wanted, shares in ((True, True), (False, False), (True, False)):
+        add_answer_state(model, shared_prompt=wanted)
+        assert shares_prompts(model) == shares

@@ -37,6 +37,8 @@ def test_criteria_see_the_newest_marker_only_behind_the_prompt(chat_tokenizer, i
     batch = torch.tensor([words[:1] * (length - len(row)) + row for row in rows])
     assert criteria(batch, None).tolist() == [True, False]
     assert MarkerCriteria(reader, len(prompt))(torch.tensor([prompt]), None).tolist() == [False]
+    again = torch.tensor([ids_of(f"Write {marker}") + ids_of(marker[-1])])  # only the prompt has it, close by
+    assert MarkerCriteria(reader, again.shape[1] - 1)(again, None).tolist() == [False]
 
 
 class Forced:
@@ -121,6 +123,22 @@ def test_greedy_reasoning_does_not_depend_on_the_batch(tiny_model, reader, model
     together = generate_reasoning(model, reader, prompts, max_new_tokens=6)
     alone = [generate_reasoning(model, reader, [ids], max_new_tokens=6)[0] for ids in prompts]
     assert together == alone == generate_reasoning(model, reader, prompts, max_new_tokens=6, batch_tokens=40)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_watch_is_told_whose_tokens_it_sees(tiny_model, reader, monkeypatch, ours):
+    """Each prompt in a batch of its own, longest first: the numbers are those of the prompts."""
+    model = tiny_model("llama")
+    if not ours:
+        monkeypatch.setattr("r2ec_trl.policy.generation.settings", lambda *_: None)
+    torch.manual_seed(1)
+    prompts = [torch.randint(10, 300, (length,)).tolist() for length in (5, 30, 11, 18)]
+    plain = generate_reasoning(model, reader, prompts, max_new_tokens=6)
+    seen: dict[int, list[int]] = {}
+    watch = lambda number, ids: seen.update({number: ids}) or (number == 2 and len(ids) == 3)  # noqa: E731
+    watched = generate_reasoning(model, reader, prompts, max_new_tokens=6, batch_tokens=10, watch=watch)
+    assert [seen[number] for number in range(4)] == [one.ids[: 3 if n == 2 else 6] for n, one in enumerate(plain)]
+    assert watched[2].ids == plain[2].ids[:3] + reader.marker_ids and watched[3] == plain[3]
 
 
 def test_greedy_reasoning_ignores_the_checkpoints_sampling_settings(tiny_model, reader):

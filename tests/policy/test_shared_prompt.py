@@ -213,3 +213,18 @@ def test_a_model_that_takes_the_arguments_and_ignores_them_is_found_out():
 
     model.base_model.forward = ignores_positions.__get__(model.base_model)
     assert not shares_prompts(model)
+
+
+def test_experts_that_are_balanced_see_rows_one_by_one():
+    """The balance is counted over a two-dimensional mask, so no prompt is shared; by setting or by argument."""
+    rows = [(list(range(2, 12)), [2, 3, 4])] * 3
+    for by_setting in (True, False):
+        model = build("mixtral", True, num_local_experts=4, output_router_logits=by_setting)
+        shapes = []
+        model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        options = {} if by_setting else {"output_router_logits": True}
+        model(**padded(rows), fused_lm_head=True, **options)
+        model(**padded(rows), fused_lm_head=True, **{"output_router_logits": False})
+        assert shapes[0] == (3, 13) and (1, 9 + 3 * 4) in shapes[1:], by_setting
