@@ -15,6 +15,7 @@ def test_numbers_of_every_kind_become_plain_ones():
     user = {"history_ratings": np.array([4.5, 3.0]), "history_timestamps": torch.tensor([10, 20])}
     assert purchase_values(user, 2, "User 1") == ([4.5, 3.0], [10, 20], 20)
     assert purchase_values({"timestamp": 30.0, "history_ratings": [None, 2]}, 2, "u") == ([None, 2], [None, None], 30)
+    assert purchase_values({"timestamp": 0, "history_timestamps": [-5]}, 1, "u").now == 0  # a time, not an unknown one
     assert purchase_values({"history_ratings": None, "history_timestamps": []}, 1, "u") == ([None], [None], 0)
 
 

@@ -228,3 +228,20 @@ def test_experts_that_are_balanced_see_rows_one_by_one():
         model(**padded(rows), fused_lm_head=True, **options)
         model(**padded(rows), fused_lm_head=True, **{"output_router_logits": False})
         assert shapes[0] == (3, 13) and (1, 9 + 3 * 4) in shapes[1:], by_setting
+
+
+def test_a_label_on_padding_is_none():
+    rows = ragged(3)
+    batch, model = padded(rows), _llamas[0]
+    labelled = {**batch, "labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, 0)}
+    with torch.no_grad():
+        plain, other = (model(**one, fused_lm_head=True) for one in (batch, labelled))
+    assert torch.equal(plain.log_probs, other.log_probs) and torch.equal(plain.answer_state, other.answer_state)
+
+
+def test_trying_it_leaves_every_module_in_its_mode():
+    model = build("llama", True)
+    model.base_model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    assert shares_prompts(model)
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
