@@ -19,6 +19,7 @@ from r2ec_trl.policy.checks import (
     PROJECTIONS,
     check_no_hub_code,
     check_policy,
+    check_start,
     fit_adapter,
     fit_targets,
     switch_dropout_off,
@@ -272,3 +273,22 @@ def test_a_model_that_sees_what_comes_after_is_no_policy(chat_tokenizer, shop):
             contextlib.nullcontext() if is_decoder else pytest.raises(UserError, match="BertLMHeadModel sees the tok")
         ):
             check_policy(model, prompts, generates=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_check_leaves_the_model_in_its_mode(tiny_model, chat_tokenizer, shop, training):
+    model = tiny_model("llama").train(training)
+    add_answer_state(model)
+    for trains in (True, False):
+        check_policy(model, Prompts(chat_tokenizer, PromptConfig(), shop["items"]), generates=True, trains=trains)
+        assert model.training == training
+
+
+def test_positions_hold_the_prompt_the_reasoning_and_the_marker(tiny_model, chat_tokenizer, shop):
+    prompts = Prompts(chat_tokenizer, PromptConfig(), shop["items"])
+    needed = len(prompts.user_ids(shop["test"][0])) + 5 + len(prompts.marker_ids)
+    for positions, fits in ((needed, True), (needed - 1, False)):
+        model = tiny_model("llama", max_position_embeddings=positions)
+        add_answer_state(model)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="A user prompt and its reasoning"):
+            check_start(model, prompts, [[4]], completion=5)

@@ -250,6 +250,7 @@ def check(url, wait=0.0, name="org/policy", needed=2560, hot_load=False):
 def test_a_server_with_the_right_model(stub_server):
     check(stub_server(models()))
     check(stub_server(models()), name="/elsewhere/policy/")
+    check(stub_server(models(max_model_len=2560)))  # as many as are needed
     check(stub_server(models() | {"/v1/load_lora_adapter": (405, {})}), hot_load=True)
 
 
@@ -310,3 +311,7 @@ def test_a_server_with_too_little_room(stub_server):
 def test_a_server_that_takes_no_adapters(stub_server):
     with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve org/policy --enable-lora"):
         check(stub_server(models()), hot_load=True)
+
+
+def test_the_smallest_kernel_that_holds_a_rank():
+    assert [vllm_guards.kernel_rank(rank) for rank in (1, 4, 16, 17, 512)] == [1, 8, 16, 32, 512]

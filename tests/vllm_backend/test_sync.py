@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.rollouts import MarkerReader
+from r2ec_trl.vllm import engine
 from r2ec_trl.vllm.engine import use_adapter
 from r2ec_trl.vllm.sync import AdapterSync, MergedSync
 
@@ -317,3 +319,23 @@ def test_an_engine_has_the_positions_that_the_policy_has(tiny_model, monkeypatch
     monkeypatch.setattr("r2ec_trl.vllm.sync.check_settings", lambda settings, length: length == 400 and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         INIT_VLLM(sync)
+
+
+def test_what_an_engine_for_evaluation_is_asked_for(tiny_model, monkeypatch, chat_tokenizer):
+    """Its length, the commit of the base, the dtype of forwards; and a padding token ends a reasoning there too."""
+    monkeypatch.setattr(engine, "check_installed", lambda: None)
+    policy = lora_policy(tiny_model("llama"))
+    policy.get_base_model().name_or_path, policy.config._commit_hash = "org/base", "c0ffee"
+    options = engine.engine_options(policy, 99, trust_remote_code=True)
+    assert {**options, "dtype": None} == {
+        **{"model": "org/base", "revision": "c0ffee", "dtype": None, "trust_remote_code": True},
+        **{"max_model_len": 99, "gpu_memory_utilization": 0.5, "enable_lora": True, "max_lora_rank": 8},
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        assert engine.engine_options(policy)["dtype"] == torch.bfloat16 != options["dtype"]
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    config = SimpleNamespace(try_get_generation_config=lambda: {"eos_token_id": [7, 9]})
+    params, ends = engine.sampling(config, MarkerReader(chat_tokenizer, "<answer>"), 5)
+    stops = [chat_tokenizer.eos_token_id, 7, 9]
+    assert (params["temperature"], params["max_tokens"], params["stop_token_ids"]) == (0.0, 5, stops)
+    assert params["stop"] == ["<answer>"] and ends == {*stops, chat_tokenizer.pad_token_id}
