@@ -57,9 +57,9 @@ class SlicedTable(ItemTable):
         """Re-encode rows: each process those it holds. `encoder` is the process's own, not a shared one."""
         if indices is None or self._rows is None:
             own = self._own(range(len(self)))
-            self._rows = self._encoded(encoder, own)
+            self._rows = self.encoded(encoder, own)
         elif own := self._own(indices):
-            self.put(own, self._encoded(encoder, own))
+            self.put(own, self.encoded(encoder, own))
 
     def take(self, indices: Sequence[int]) -> torch.Tensor:
         """Rows of any process, `(n, d)`, the same on all."""

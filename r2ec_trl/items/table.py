@@ -127,11 +127,11 @@ class ItemTable:
                 Rows to encode; all of them by default, and always the first time.
         """
         if indices is None or self._rows is None:
-            self._rows = self._encoded(encoder, range(len(self)))
+            self._rows = self.encoded(encoder, range(len(self)))
         elif len(indices):
-            self.put(indices, self._encoded(encoder, indices))
+            self.put(indices, self.encoded(encoder, indices))
 
-    def _encoded(self, encoder: Encoder, indices: Sequence[int]) -> torch.Tensor:
+    def encoded(self, encoder: Encoder, indices: Sequence[int]) -> torch.Tensor:
         """Rows as they are now, `(n, d)`; [`UserError`] for one that is no finite numbers and would fall silent."""
         states = self.project(encoder([self.token_ids[row] for row in indices])).to(self.device)
         if broken := (~states.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
