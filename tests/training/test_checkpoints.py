@@ -229,7 +229,8 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(fake_run):
         folder.mkdir()
         (folder / "model.safetensors").write_text("weights")
         assert len(checkpoints(run)) == 3
-    assert checkpoints(run) == [folder] and is_whole(folder) and taker.args.save_total_limit == 1
+    assert checkpoints(run) == [folder] and is_whole(folder) and (folder / "model.safetensors").is_file()
+    assert taker.args.save_total_limit == 1
 
 
 def test_a_process_that_does_not_save_touches_no_file(fake_run):

@@ -150,6 +150,32 @@ def test_figures_are_of_the_steps_since_the_newest_log(make_contrastive):
     assert log.keys() == logs[1].keys() and log["loss/item"] == pytest.approx(seen[3], abs=1e-4)
 
 
+class Stop(TrainerCallback):
+    """A stop as sudden as an exception when step 2 is saved."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_where_the_unbroken_one_does(make_contrastive, shop):
+    """Within an epoch of five micro-batches, two a step: the same users, sampled reasonings and weights."""
+    settings = {"reasoning": "sampled", "max_completion_length": 2, "max_eval_users": 2, "learning_rate": 1e-2}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    ends = []
+    for callbacks, resume in (([], None), ([Stop()], None), ([], "latest")):
+        torch.manual_seed(len(ends))  # of the process, which is another one
+        train = shop["train"].select(range(22))
+        trainer = make_contrastive(train=train, callbacks=callbacks, max_steps=3, save_steps=2, **settings)
+        if callbacks:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            continue
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *ends))
+
+
 def test_dropout_is_off_in_the_adapter_too(make_contrastive):
     trainer = make_contrastive(dropout=0.5)
     assert all(module.p == 0 for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout))
