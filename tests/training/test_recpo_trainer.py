@@ -509,6 +509,16 @@ def test_gradient_norms_apart_are_those_of_each_term_alone(make_trainer, replay,
     assert norms["both"][1]["grad_norm/item"] == pytest.approx(norms["item"][0], rel=1e-3)
 
 
+def test_without_a_credited_item_its_norm_is_not_told_as_zero(make_trainer, replay):
+    """Every rollout is cut at the limit and masked: a norm of 0 would be averaged into the log."""
+    replay(lambda prompt_ids, number: [50 + number] * 8)
+    trainer = make_trainer(max_steps=1, watch_steps=1, reward=odd_reward, mask_truncated_completions=True)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["item/loss"] == 0 and "table/target_drift" in log
+    assert not {"grad_norm/item", "grad_norm/token", "item/logprob", "item/clip_ratio"} & log.keys()
+
+
 def test_table_figures_under_a_small_budget(make_trainer, replay, sample):
     """Only a slice fits: the targets are fresh all the same, and the drift of the rest is told."""
     replay(sample)
