@@ -64,6 +64,7 @@ def test_an_adapter_in_bfloat16_stays_so_when_it_goes_on(make_trainer):
         if weight.requires_grad:
             weight.data = weight.data.bfloat16()
     again.train(resume_from_checkpoint="latest")  # nothing is left to train: it is loaded
+    assert again.model.load_adapter.__func__ is type(again.model).load_adapter  # afterwards PEFT's own
     expected, found = trained(first), trained(again)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert all(torch.equal(value, expected[name].bfloat16()) for name, value in found.items())
