@@ -78,7 +78,8 @@ class GuardedTraining(_Base):
         """
         terminate = SaveOnTerminate(self.accelerator)
         self.add_callback(terminate)
-        self._step, self._buffered_inputs = 0, None  # TRL's: rollouts that an interrupted run left are of other users
+        # TRL's: rollouts that an interrupted run left are of other users, and vLLM may hold weights of an earlier run
+        self._step, self._buffered_inputs, self._last_loaded_step = 0, None, -1
         try:
             with self.guard:
                 folder = self.keeper.resume_from(resume_from_checkpoint)

@@ -68,3 +68,14 @@ def test_an_adapter_in_bfloat16_stays_so_when_it_goes_on(make_trainer):
     expected, found = trained(first), trained(again)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert all(torch.equal(value, expected[name].bfloat16()) for name, value in found.items())
+
+
+def test_a_second_training_keeps_no_rollouts_and_no_synced_step_of_the_first(make_trainer, monkeypatch):
+    """vLLM would skip the sync of new weights at a step whose number it has seen in the run before."""
+    trainer, began = make_trainer(), []
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, *_: began.append((self._step, self._buffered_inputs, self._last_loaded_step))
+    )
+    trainer._step, trainer._buffered_inputs, trainer._last_loaded_step = 3, [{}], 0
+    trainer.train()
+    assert began == [(0, None, -1)]
