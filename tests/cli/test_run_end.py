@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from r2ec_trl.bundle.bundle import Bundle
 from r2ec_trl.cli import run_end
-from r2ec_trl.cli.run_end import finish_run
+from r2ec_trl.cli.run_end import finish_run, without_tokens
 from r2ec_trl.cli.run_start import RunArguments
 from r2ec_trl.data.demo import write_reasoning
 from r2ec_trl.data.schema import load_dataset_card
@@ -154,3 +154,15 @@ def test_a_bundle_answers_as_its_policy_was_trained():
         made = run_end._bundle_protocol(SimpleNamespace(args=args, accelerator=accelerator, reasoning=reasoning))
         assert (made.mixed_precision, made.max_completion_length) == expected
         assert (made.reasoning, made.item_temperature, made.forward_token_budget) == (reasoning, 0.05, 99)
+
+
+def test_a_command_is_kept_without_its_secrets():
+    """metrics.json, report.html and the bundle's card hold it."""
+    words = "recpo.py --hub_token hf_1 --push_to_hub-token=hf_2 --hub-token hf_3 --max_token 4 --seed 0".split()
+    shown = (
+        "recpo.py --hub_token <hidden> --push_to_hub-token=<hidden> --hub-token <hidden> --max_token <hidden> --seed 0"
+    )
+    assert without_tokens(words) == shown.split()
+    assert without_tokens(["--hub_token=hf_1", "--seed", "0", "token", "x"]) == [
+        *("--hub_token=<hidden>", "--seed", "0", "token", "x"),
+    ]
