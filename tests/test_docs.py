@@ -1,8 +1,10 @@
 """
 Every command of README and docs works: its flags are those of the recipe (fast), and it is run here on a short demo
 and a tiny model (slow), run by the test that `ELSEWHERE` names, or says `not yet run`.
+The examples of docstrings hold.
 """
 
+import doctest
 import importlib
 import importlib.util
 import json
@@ -18,6 +20,7 @@ import pytest
 from r2ec_trl.cli.parsing import parse
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = [path.relative_to(ROOT) for path in sorted((ROOT / "r2ec_trl").rglob("*.py")) if ">>>" in path.read_text()]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What begins so → the test or the stage of .ci/run that runs it
 ELSEWHERE = {
@@ -176,3 +179,9 @@ def test_every_room_and_file_that_the_pages_name_is_there():
         for link in re.findall(r"\]\(([\w./-]+)\)", file.read_text(encoding="utf-8")):
             assert (file.parent / link).exists(), f"{file.name}: {link}"
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+def test_the_examples_of_docstrings_hold(path):
+    found = doctest.testmod(importlib.import_module(".".join(path.with_suffix("").parts)))
+    assert found.attempted and not found.failed

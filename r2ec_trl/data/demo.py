@@ -319,11 +319,9 @@ def right_reasoning(reasoning: str, example: Mapping[str, Any]) -> dict[str, boo
 
     Example:
 
-    ```python
     >>> text = write_reasoning("guitar", "strap", "fenta")
     >>> right_reasoning(text, {"true_family": "guitar", "true_stage": "stand"})
     {'family': True, 'stage': False}
-    ```
     """
     return {
         "family": set(_FAMILY_CLAIM.findall(reasoning)) == {example["true_family"]},

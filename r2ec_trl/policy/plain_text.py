@@ -39,10 +39,8 @@ class PlainText:
 
     def clean(self, line: str) -> str:
         """
-        One line of text with single blanks, in which no special word and no tag is left.
-
-        >>> PlainText(tokenizer, ["<answer>"]).clean("a  <<answer>> b")  # doctest: +SKIP
-        'a < answer > b'
+        One line of text with single blanks, in which no special word and no tag is left: with the marker `<answer>`,
+        "a  <<answer>> b" becomes "a < answer > b".
         """
         line = " ".join(line.split())
         for _ in range(ROUNDS):

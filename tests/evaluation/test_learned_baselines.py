@@ -1,7 +1,5 @@
 """Learnt baselines: how rows become sequences, how the best is chosen; and, marked `baselines`, that they learn."""
 
-import doctest
-
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -29,10 +27,6 @@ def chain(users, length=6, items=11):
             for end in range(1, length)
         ]
     )
-
-
-def test_examples():
-    assert doctest.testmod(learned).failed == 0
 
 
 def test_rows_of_a_user_that_do_not_go_on_begin_anew():

@@ -1,17 +1,10 @@
-"""Slices and figures beyond accuracy by hand; the examples in the docstrings are run, too."""
-
-import doctest
+"""Slices and figures beyond accuracy by hand."""
 
 import polars as pl
 import pytest
 
 from r2ec_trl.errors import UserError
-from r2ec_trl.evaluation import slices
 from r2ec_trl.evaluation.slices import beyond_accuracy, describe_rows, popularity_of, slices_of, target_counts
-
-
-def test_examples():
-    assert doctest.testmod(slices).failed == 0
 
 
 def test_equal_counts_lie_in_one_third_and_nothing_trained_is_all_cold():
