@@ -23,7 +23,8 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.metrics import hit_at_k, ndcg_at_k, reciprocal_rank
 
 Reward = Callable[..., Any]
-_IMPORT_ERRORS = (ImportError, NameError, SyntaxError)  # what else goes wrong in a user's file keeps its traceback
+# what else goes wrong in a user's file keeps its traceback
+_IMPORT_ERRORS = (ImportError, NameError, SyntaxError, SystemExit)
 LARGEST = 3.4e38  # TRL keeps rewards in float32, and an advantage that is no number counts as 0 there
 OF_REWARDS = (  # what TRL and we hand to rewards ourselves: a column of such a name would never reach one
     "prompts completion completions completion_ids trainer_state log_extra log_metric environments num_items "

@@ -53,6 +53,8 @@ class CompareArguments:
         if self.metrics and self.cutoffs:
             raise UserError("--metrics and --cutoffs both say what is compared; give one of them.")
         self.metrics = self.metrics or [f"{kind}@{k}" for k in self.cutoffs for kind in KINDS] or list(METRICS)
+        if self.figure is not None and not self.figure.lower().endswith(".png"):
+            raise UserError(f"--figure draws a PNG, and {self.figure} is named otherwise; let its name end in .png.")
 
 
 def named(folders: list[str], default: str | None = None) -> dict[str, list[str]]:

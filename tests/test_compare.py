@@ -79,6 +79,7 @@ def test_many_runs_and_their_seeds(tmp_path, monkeypatch, capsys):
         (["--after", "=x"], "'=x' names no system or no folder"),
         (["--after", "x="], "'x=' names no system or no folder"),
         (["--after", "before={split}"], "a system 'before' as well as --before"),
+        (["--after", "{before}", "--figure", "{before}/x.svg"], "--figure draws a PNG"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, sentence):

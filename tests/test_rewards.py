@@ -130,6 +130,7 @@ def test_a_file_does_not_take_the_place_of_a_module(tmp_path):
         ("import no_such_module", "{file}:f", "does not import .*no_such_module"),
         ("def f(:\n", "{file}:f", "does not import .*SyntaxError"),
         ("f = missing", "{file}:f", "does not import .*NameError"),
+        ("raise SystemExit(0)", "{file}:f", "does not import .*SystemExit"),
         ("", "no_such_package.rewards:f", "module no_such_package.rewards does not import"),
         ("", "json:f", "json has no function 'f'"),
         ("", "./rewards:f", "./rewards is no name of a module; name a file as"),

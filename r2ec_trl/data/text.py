@@ -47,7 +47,8 @@ def item_text(items: pl.DataFrame, fields: Sequence[str] | None, max_words: int 
         chosen = [name for name in dict.fromkeys(fields) if name != "title"]
         unknown = [name for name in chosen if name not in known]
         if unknown:
-            raise UserError(f"--item_fields names '{unknown[0]}', which the items lack: they have {listing(known)}.")
+            have = listing(known) or "titles alone"
+            raise UserError(f"--item_fields names '{unknown[0]}', which the items lack: they have {have}.")
     for name in chosen:
         if name in FUTURE_FIELDS:
             logger.warning("Item field %s was crawled after the split and leaks the future into item text.", name)

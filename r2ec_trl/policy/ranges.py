@@ -88,7 +88,10 @@ def check_ranges(settings: Any) -> None:
                 and not isinstance(value, bool)
                 and not _lies_in(value, RANGES[one.name])
             ):
-                raise UserError(f"`{one.name}` is {value}; it must be {_words(RANGES[one.name])}.")
+                allowed = _words(RANGES[one.name])
+                if not abs(value) <= sys.float_info.max and "finite" not in allowed:
+                    allowed = f"finite and {allowed}"
+                raise UserError(f"`{one.name}` is {value}; it must be {allowed}.")
 
 
 def _lies_in(value: float, text: str) -> bool:

@@ -71,6 +71,8 @@ def test_fields_and_their_order():
     ]
     with pytest.raises(UserError, match="names 'colour', which the items lack"):
         item_text(catalogue(), ["colour"], None)
+    with pytest.raises(UserError, match="they have titles alone"):
+        item_text(catalogue().select("item_id", "title"), ["colour"], None)
 
 
 def test_leaking_fields_warn(caplog):

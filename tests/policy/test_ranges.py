@@ -69,7 +69,7 @@ def test_nonsense_is_refused_and_the_ends_are_kept(name):
         (RecPOConfig, {"temperature": 0.0}, "`temperature` is 0.0"),
         (RecPOConfig, {"max_steps": -2}, r"`max_steps` is -2; it must be at least 1 \(or -1\)."),
         (RecPOConfig, {"reward_weights": [1.0, math.inf]}, "`reward_weights` is inf; it must be a finite number."),
-        (RecPOConfig, {"learning_rate": math.inf}, "`learning_rate` is inf"),
+        (RecPOConfig, {"learning_rate": math.inf}, "`learning_rate` is inf; it must be finite and at least 0."),
         (RecPOConfig, {"forward_token_budget": -1}, "`forward_token_budget` is -1"),
         (ContrastiveConfig, {"item_temperature": math.nan}, "`item_temperature` is nan"),
         (ContrastiveConfig, {"weight_decay": -1.0}, "`weight_decay` is -1.0"),
