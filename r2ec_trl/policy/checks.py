@@ -147,7 +147,7 @@ def check_start(
 ) -> None:
     """
     All that is asked of a model before it is used: positions for every prompt, a vocabulary with
-    all of the items' tokens, and [`check_policy`].
+    all of the items' tokens, a marker that can be written, and [`check_policy`].
 
     Args:
         model, prompts, trains:
@@ -166,6 +166,13 @@ def check_start(
         raise UserError(
             f"The tokenizer writes {prompts.tokenizer.convert_ids_to_tokens(largest)!r} as token {largest}, but the "
             f"model knows {known}; give the tokenizer that belongs to it, or resize its embeddings."
+        )
+    marker, ids = prompts.config.marker, prompts.marker_ids
+    written = prompts.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if marker.strip() not in written:
+        raise UserError(
+            f"The tokenizer cannot write the `marker` {marker!r} (it reads back as {written!r:.80}), so no reasoning "
+            "would end; give another one."
         )
     check_policy(model, prompts, generates=completion is not None, trains=trains)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.answer_state import add_answer_state
@@ -292,3 +293,14 @@ def test_positions_hold_the_prompt_the_reasoning_and_the_marker(tiny_model, chat
         add_answer_state(model)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="A user prompt and its reasoning"):
             check_start(model, prompts, [[4]], completion=5)
+
+
+def test_a_marker_that_the_tokenizer_cannot_write_is_refused(tiny_model, chat_tokenizer, shop):
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", chat_template=chat_tokenizer.chat_template
+    )
+    prompts = Prompts(tokenizer, PromptConfig(), shop["items"])
+    with pytest.raises(UserError, match="cannot write the `marker` '<answer>' .it reads back as '<unk>"):
+        check_start(tiny_model("llama"), prompts, [[1]], completion=5)

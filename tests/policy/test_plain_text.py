@@ -57,8 +57,6 @@ def tokenizer_of(kind, normalized):
     )
     tokenizer.add_tokens([AddedToken(word, special=True, normalized=normalized) for word in ADDED])
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "  ", "lamp"])  # added, and not special
-    if kind is lower_case_pieces:  # whose pieces are letters alone: it could write no marker
-        tokenizer.add_tokens(["<answer>", "</answer>"])
     tokenizer.chat_template = CHAT
     return tokenizer
 

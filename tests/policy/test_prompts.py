@@ -2,8 +2,6 @@
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from r2ec_trl.errors import UserError
 from r2ec_trl.policy.chat import PLAIN_CHAT_TEMPLATE, ensure_chat_template
@@ -272,11 +270,3 @@ def test_config_refuses_templates_without_their_text_and_an_empty_marker():
 def test_fingerprint_tells_prompts_apart():
     assert PromptConfig().fingerprint() == PromptConfig(item_fields=["title", "description"]).fingerprint()
     assert PromptConfig().fingerprint() != PromptConfig(category="song").fingerprint()
-
-
-def test_a_marker_that_the_tokenizer_cannot_write_is_refused(make_prompts):
-    backend = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    with pytest.raises(UserError, match="cannot write the `marker` '<answer>' .it reads back as '<unk>"):
-        make_prompts(tokenizer)
