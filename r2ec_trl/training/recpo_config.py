@@ -13,6 +13,15 @@ from r2ec_trl.policy.releases import set_checkpointing
 from r2ec_trl.policy.settings import RecommendationArguments
 from r2ec_trl.training.optimizer import AUTO, OPTIM_HELP, resolve_optimizer, settle_scheduler
 
+PAPER = {  # for the model card, as TRL writes it
+    "title": "R²ec: Towards Large Recommender Models with Reasoning",
+    "id": "2505.16994",
+    "citation": (
+        "@inproceedings{you2025r2ec,\n  title={R²ec: Towards Large Recommender Models with Reasoning},\n"
+        "  author={You, Runyang and others},\n  booktitle={NeurIPS},\n  year={2025}\n}"
+    ),
+}
+
 
 @dataclass
 class RecPOConfig(RecommendationArguments, GRPOConfig):

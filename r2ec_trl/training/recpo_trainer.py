@@ -26,7 +26,7 @@ from r2ec_trl.training.inputs import as_given, check_batch, check_inputs, number
 from r2ec_trl.training.item_term import ItemTerm
 from r2ec_trl.training.launch import check_sharding
 from r2ec_trl.training.objective import reward_spread, rloo_factor, token_normalizer
-from r2ec_trl.training.recpo_config import RecPOConfig
+from r2ec_trl.training.recpo_config import PAPER, RecPOConfig
 from r2ec_trl.training.reward_pass import RewardPass, as_sampled
 from r2ec_trl.training.telemetry import Telemetry
 from r2ec_trl.vllm.sync import vllm_backend
@@ -84,14 +84,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
 
     _tag_names = ["trl", "recpo", "recommendation"]
     _name = "RecPO"
-    _paper = {
-        "title": "R²ec: Towards Large Recommender Models with Reasoning",
-        "id": "2505.16994",
-        "citation": (
-            "@inproceedings{you2025r2ec,\n  title={R²ec: Towards Large Recommender Models with Reasoning},\n"
-            "  author={You, Runyang and others},\n  booktitle={NeurIPS},\n  year={2025}\n}"
-        ),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -145,8 +138,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         self.table = make_table(self.prompts, items, args.similarity, self.accelerator.device, slices)
         if args.disable_dropout:
             switch_dropout_off(self.model)
-        texts, length = self.table.token_ids, args.max_completion_length
-        check_start(self.model, self.prompts, texts, length, trains=args.disable_dropout)
+        check_start(self.model, self.prompts, self.table.token_ids, args.max_completion_length, args.disable_dropout)
         if args.eval_strategy != "no":
             self.check_prompts(self.eval_dataset, args.max_eval_users)
         shown, series = args.num_completions_to_print or 1, self._metrics["train"]
@@ -187,10 +179,8 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
         end_ids = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         rollouts = [self.reader.finish(ids, end_ids) for ids in sampled]
         if logprobs is not None:
-            logprobs = [
-                row[: sum(r.trained)] + [0.0] * (len(r.ids) - sum(r.trained))
-                for row, r in zip(logprobs, rollouts, strict=True)
-            ]
+            pairs = zip(logprobs, rollouts, strict=True)
+            logprobs = [row[: sum(r.trained)] + [0.0] * (len(r.ids) - sum(r.trained)) for row, r in pairs]
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [r.ids for r in rollouts],
@@ -248,8 +238,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             output["advantages"] = output["advantages"] * factor[own].to(output["advantages"])
         groups = self.quiet_groups()
         self.telemetry.add(**{"rollout/no_signal": groups.float().mean().item()})
-        quiet = groups.repeat_interleave(self.num_generations)[own]
-        output["quiet"] = quiet
+        output["quiet"] = quiet = groups.repeat_interleave(self.num_generations)[own]
         output["advantages"] = output["advantages"].masked_fill(quiet.to(output["advantages"].device), 0.0)
         advantages = self.accelerator.gather(output["advantages"])  # a group can straddle processes
         eligible = torch.tensor([not self._is_masked(r) for r in self.batch.rollouts], device=advantages.device)
@@ -309,8 +298,7 @@ class RecPOTrainer(GuardedTraining, GreedyEvaluation, GRPOTrainer):
             item_loss, earlier, *figures = self.item_term.loss(
                 torch.cat(states), inputs, self.batch, normalizer, self._is_last_micro_step
             )
-            # the mean over micro-steps, which is logged, is then the step's
-            self.telemetry.item(item_loss * self.current_gradient_accumulation_steps, *figures)
+            self.telemetry.item(item_loss * self.current_gradient_accumulation_steps, *figures)  # their mean is logged
             item_loss = self.args.item_coef * item_loss
             watched = self.telemetry.is_watched_step and self._is_last_micro_step and self._allows_two_backwards
             if watched and inputs["item_weights"].any():
