@@ -339,11 +339,10 @@ def _published(path: str | None, category: str | None) -> dict[str, int]:
     """Published counts of a category: users and rows of the splits."""
     if path is None:
         return {}
-    ours = Path(__file__).parents[1] / path  # what a config of ours names is found from anywhere
+    # what a config of ours names is found from anywhere
+    file = Path(path) if Path(path).exists() else Path(__file__).parents[1] / path
     try:
-        counts = yaml.load(
-            (Path(path) if Path(path).exists() else ours).read_text(encoding="utf-8"), Loader=OneKeyLoader
-        )
+        counts = yaml.load(file.read_text(encoding="utf-8"), Loader=OneKeyLoader)
         found = (counts or {}).get(category) or {}
         wrong = [name for name, count in found.items() if not isinstance(count, int) or count < 1]
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:

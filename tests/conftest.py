@@ -229,6 +229,20 @@ def make_trainer(tiny_model, shop, chat_tokenizer, tmp_path):
     return build
 
 
+@pytest.fixture(scope="session")
+def change_weights():
+    """`change_weights(model)` moves all that is trained, as a training that nobody has to wait for."""
+
+    def change(model):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn_like(parameter)
+
+    return change
+
+
 @pytest.fixture
 def replay(monkeypatch):
     """

@@ -17,7 +17,7 @@ from r2ec_trl.errors import UserError
 from r2ec_trl.evaluation.users import first_rows
 from r2ec_trl.items.encoding import make_encoder, make_table, share_encoding
 from r2ec_trl.policy.checks import check_start
-from r2ec_trl.policy.loading import PolicyArguments, checked_device, load_policy
+from r2ec_trl.policy.loading import NEW_ADAPTER, PolicyArguments, checked_device, load_policy
 from r2ec_trl.policy.prompts import Prompts
 from r2ec_trl.policy.rollouts import MarkerReader
 from r2ec_trl.policy.settings import RecommendationArguments
@@ -85,7 +85,7 @@ def make_bundle(
     args: BundleArguments, policy_args: PolicyArguments, dataset: DatasetDict, card: Mapping[str, Any]
 ) -> Bundle:
     """A bundle in memory: the catalogue encoded by the model or adapter that is named, by all processes together."""
-    of_training = [one.name for one in dataclasses.fields(PolicyArguments) if one.name.startswith(("lora_", "use_"))]
+    of_training = [one.name for one in dataclasses.fields(PolicyArguments) if one.name.startswith(NEW_ADAPTER)]
     given = _changed(args, BundleArguments(), ["selection_mask"])
     if given := given + _changed(policy_args, PolicyArguments(), of_training):
         raise UserError(f"--{given[0]} is of training and decides nothing here; leave it out.")

@@ -29,6 +29,7 @@ from r2ec_trl.policy.ranges import check_ranges
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"  # as a dataset or model name: the generated shop and the policy that ships with the package
+NEW_ADAPTER = ("lora_", "use_peft", "use_rslora", "use_dora")  # how the settings of one begin
 
 
 @dataclass
@@ -109,8 +110,8 @@ def load_policy(
     """
     adapter_config = read_adapter_config(args.adapter) if args.adapter is not None else None
     if trainable and adapter_config:
-        usual, names = vars(PolicyArguments()), ("lora_", "use_rslora", "use_dora")
-        if given := [one for one, value in vars(args).items() if one.startswith(names) and value != usual[one]]:
+        usual = vars(PolicyArguments())
+        if given := [one for one, value in vars(args).items() if one.startswith(NEW_ADAPTER) and value != usual[one]]:
             logger.warning("`%s` is of a new adapter: %s is trained on as it was saved.", given[0], args.adapter)
     name = args.model_name_or_path or (adapter_config and adapter_config.base_model_name_or_path)
     if adapter_config and adapter_config.revision and not args.model_name_or_path:

@@ -93,6 +93,8 @@ def test_what_only_training_reads_is_refused(shop_folder, tmp_path, launch):
             launch("recommend", *words, "--history", "i00", *flags)
         with pytest.raises(UserError, match=f"{flags[0]} is of training"):
             launch("evaluate", *words, *flags, out=tmp_path)
+    with pytest.raises(UserError, match="'x'"):  # how weights are held is no matter of training alone: x is not there
+        launch("evaluate", *words, "--load_in_4bit", "--use_bnb_nested_quant", out=tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["evaluate", "try_reward"])

@@ -21,10 +21,8 @@ def test_a_line_a_system_and_a_panel_a_figure():
     (dot, *_), *_ = panels[0].containers[0], None
     assert dot.get_xdata().tolist() == pytest.approx([found["systems"]["better"]["unmasked"]["hit@1"]["difference"]])
     assert "start" in comparison_figure(found, "start").get_supxlabel()
-    assert [line.lines[0].get_color() for line in panels[0].containers] == [
-        "C0",
-        "C7",
-    ]  # an interval without 0, or with
+    colors = [line.lines[0].get_color() for line in panels[0].containers]
+    assert colors == ["C0", "C7"]  # an interval without 0, and one with it
 
 
 def test_one_user_decides_nothing():

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import polars as pl
 import pytest
-import torch
 from datasets import Dataset, DatasetDict
 from rich import get_console
 from transformers import AutoModelForCausalLM
@@ -80,7 +79,7 @@ def test_a_run_keeps_its_ranks_and_titles_steer_no_terminal(
 
 
 def test_each_figure_of_the_end_is_of_the_weights_and_the_mode_that_it_names(
-    make_trainer, tiny_model_folder, shop, shop_folder, tmp_path
+    make_trainer, change_weights, tiny_model_folder, shop, shop_folder, tmp_path
 ):
     """
     The weights have changed since the table was encoded, as when the best are loaded at the end: the bundle's ranks
@@ -89,11 +88,7 @@ def test_each_figure_of_the_end_is_of_the_weights_and_the_mode_that_it_names(
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
     trainer = make_trainer(model=model, output_dir=str(tmp_path), seed=4)
     stale = trainer.evaluate_frame(shop["test"])
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+    change_weights(trainer.model)
     trainer.state.global_step, trainer.state.best_global_step, trainer.state.best_metric = 5, 3, 0.25
     finish_run(trainer, shop, load_dataset_card(shop_folder), shop["test"], None)
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -2,7 +2,6 @@
 
 import polars as pl
 import pytest
-import torch
 
 from r2ec_trl.errors import UserError
 
@@ -44,15 +43,11 @@ def test_the_gap_is_to_the_mean_of_all_batches_since_the_last_evaluation(make_tr
     assert metrics["eval_recommendation/train_gap"] == pytest.approx(0.4 - metrics["eval_recommendation/ndcg@10"])
 
 
-def test_an_evaluation_encodes_the_table_with_the_weights_as_they_are(make_trainer, shop):
+def test_an_evaluation_encodes_the_table_with_the_weights_as_they_are(make_trainer, change_weights, shop):
     """A second one, after the weights have changed, is that of a trainer that saw no other weights."""
     trainer, frames = make_trainer(max_completion_length=1), []
     before = trainer.evaluate_frame(shop["validation"])
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+    change_weights(trainer.model)
     for clears in (False, True):
         if clears:
             trainer.table.clear()
